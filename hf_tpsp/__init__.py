@@ -1,0 +1,9 @@
+"""Tensor, sequence and loss parallelism with FSDP2 for Hugging Face SFT scripts."""
+
+from .config import TPSPConfig
+from .loss import vocab_parallel_cross_entropy
+from .parallelize import parallelize
+from .plan import plan_for
+from .trainer import TPSPCallback, enable
+
+__all__ = ["TPSPCallback", "TPSPConfig", "enable", "parallelize", "plan_for", "vocab_parallel_cross_entropy"]

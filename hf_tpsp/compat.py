@@ -1,0 +1,190 @@
+"""Every workaround for a defect of a library we stand on, each with the condition on which it can be deleted.
+
+`install` puts the patches in place and returns the function that takes them all out again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+
+import accelerate.state
+import torch
+import transformers
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+# ---- FSDP2 (torch) -----------------------------------------------------------------------------------------------
+
+
+def fsdp_parameters(module: nn.Module) -> Iterator:
+    """FSDP2's records (`FSDPParam`) of the parameters in `module` that it manages.
+
+    torch 2.13 has no public way to reach a parameter's sharded form while it is gathered, nor to change the mixed
+    precision policy after `fully_shard`. Delete with `set_mixed_precision` and `sharded_parameter` when it has.
+    """
+    seen = set()
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            for group in child._get_fsdp_state()._fsdp_param_groups:
+                if id(group) not in seen:
+                    seen.add(id(group))
+                    yield from group.fsdp_params
+
+
+def index_sharded_parameters(model: nn.Module) -> None:
+    """Note on each module where FSDP2 keeps the sharded form of its parameters, for `sharded_parameter`."""
+    for record in fsdp_parameters(model):
+        info = record._module_info
+        vars(info.module).setdefault("_tpsp_fsdp", {})[info.param_name] = record
+
+
+def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter `name` of `module` as the optimizer holds it, also while FSDP2 has put the gathered one in place."""
+    record = vars(module).get("_tpsp_fsdp", {}).get(name)
+    return record.sharded_param if record is not None else module._parameters.get(name)
+
+
+def set_mixed_precision(model: nn.Module, param_dtype: torch.dtype | None) -> None:
+    """Have FSDP2 gather parameters as `param_dtype` and reduce gradients in fp32, before the first forward.
+
+    The loading hook shards a model before its `TrainingArguments(bf16=…)` is known.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            if state._is_root is not None and state._mp_policy != policy:
+                raise ValueError("mixed precision was changed after the model's first forward; set it before.")
+            state._mp_policy = policy
+            for group in state._fsdp_param_groups:
+                group.mp_policy = policy
+
+
+# ---- patches -----------------------------------------------------------------------------------------------------
+
+
+def _patch_accelerator_state(original):
+    """accelerate 1.15 (state.py, `AcceleratorState.__init__`) knows FSDP only on accelerators: gloo ranks on the CPU are
+    refused, although FSDP2 runs on them. Delete when MULTI_CPU is in that list."""
+
+    @functools.wraps(original)
+    def __init__(self, *args, cpu=False, **kwargs):
+        cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        if accelerate.state.PartialState._shared_state == {} and cpu:
+            accelerate.state.PartialState(cpu)
+        shared = accelerate.state.PartialState._shared_state
+        if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU  # becomes FSDP before __init__ returns
+        original(self, *args, cpu=cpu, **kwargs)
+
+    return __init__
+
+
+def _patch_dp_shard_enabled(original):
+    """accelerate 1.15 (parallelism_config.py, `_validate_accelerator`) refuses FSDP with `dp_shard_size=1`, so pure TP
+    has no sharded checkpoints. A `dp_shard` dim of size 1 is an ordinary mesh dim. Delete when it is accepted."""
+    return property(lambda self: original.fget(self) or self.tp_size > 1)
+
+
+def _patch_prepare(original):
+    """accelerate 1.15 (accelerator.py, `_prepare_tp` and `_prepare_fsdp2`) cannot take a model that is sharded already:
+    it imports a class that transformers 5.23 does not have, matches parameters by data pointer (empty shards collide),
+    and wants an optimizer beside every model (so `evaluate()` before `train()` raises). Nothing is left to shard: the
+    model is noted and the rest prepared as always. Delete when `prepare` leaves sharded models alone."""
+
+    @functools.wraps(original)
+    def prepare(self, *args, device_placement=None):
+        from .parallelize import is_parallelized
+
+        models = [arg for arg in args if isinstance(arg, nn.Module) and is_parallelized(arg)]
+        if not models:
+            return original(self, *args, device_placement=device_placement)
+        others = [arg for arg in args if arg not in models]
+        prepared = iter(_as_tuple(original(self, *others)) if others else ())
+        for model in models:
+            if model not in self._models:
+                self._models.append(model)
+            model._is_accelerate_prepared = True
+        result = tuple(arg if arg in models else next(prepared) for arg in args)
+        return result if len(result) > 1 else result[0]
+
+    return prepare
+
+
+def _as_tuple(value):
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _patch_save_model(original):
+    """transformers 5.23 (trainer.py, `save_model`) writes nothing, silently, under `SHARDED_STATE_DICT`. Write the
+    Hugging Face folder that the caller asked for. Delete when upstream does or raises."""
+
+    @functools.wraps(original)
+    def save_model(self, output_dir=None, _internal_call=False):
+        from .parallelize import is_parallelized
+
+        if _internal_call or not is_parallelized(self.model):
+            return original(self, output_dir, _internal_call)
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        return None
+
+    return save_model
+
+
+def _patch_track_tokens(original):
+    """transformers 5.23 (trainer.py, `_track_num_input_tokens`) counts each batch once per TP rank. Delete when it
+    divides by `get_tp_size()`, as it does for `num_items_in_batch`."""
+
+    @functools.wraps(original)
+    def _track_num_input_tokens(self, inputs):
+        before = self.state.num_input_tokens_seen
+        original(self, inputs)
+        seen = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + int(seen) // self.get_tp_size()
+
+    return _track_num_input_tokens
+
+
+def _patch_store_flos(original):
+    """transformers 5.23 (trainer.py, `store_flos`) sums the FLOPs of all ranks, TP ranks of one batch included. Delete
+    when it divides by `get_tp_size()`."""
+
+    @functools.wraps(original)
+    def store_flos(self):
+        self.current_flos /= self.get_tp_size()
+        original(self)
+
+    return store_flos
+
+
+def _patches() -> list[tuple[object, str, Callable]]:
+    trainer = transformers.Trainer
+    return [
+        (accelerate.state.AcceleratorState, "__init__", _patch_accelerator_state),
+        (ParallelismConfig, "dp_shard_enabled", _patch_dp_shard_enabled),
+        (Accelerator, "prepare", _patch_prepare),
+        (trainer, "save_model", _patch_save_model),
+        (trainer, "_track_num_input_tokens", _patch_track_tokens),
+        (trainer, "store_flos", _patch_store_flos),
+    ]
+
+
+def install() -> Callable[[], None]:
+    """Put every patch in place. Returns the function that restores the originals."""
+    undo = []
+    for owner, name, make in _patches():
+        original = vars(owner)[name]
+        setattr(owner, name, make(original))
+        undo.append((owner, name, original))
+
+    def restore() -> None:
+        for owner, name, original in reversed(undo):
+            setattr(owner, name, original)
+
+    return restore

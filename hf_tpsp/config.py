@@ -1,0 +1,194 @@
+"""`TPSPConfig`: the sizes of the mesh and what runs on it, checked against the world and the model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+LOSSES = ("loss_parallel",)
+ACTIVATION_CHECKPOINTING = ("none", "full")
+MIXED_PRECISION = ("no", "bf16")
+
+
+def _flag(name: str, default: str = "false") -> bool:
+    return os.environ.get(name, default).lower() in ("1", "true", "yes")
+
+
+def _divisors(*numbers: int) -> list[int]:
+    """The sizes that divide every one of `numbers`."""
+    return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
+
+
+@dataclass(frozen=True)
+class TPSPConfig:
+    """Sizes of the `(dp_replicate, dp_shard, tp)` mesh, and the choices made on it.
+
+    Args:
+        tp_size: Ranks that share one copy of each layer, and one batch. Keep it inside a host.
+        dp_shard_size: Ranks over which FSDP2 shards parameters, gradients and optimizer state. Each sees its own batch.
+        dp_replicate_size: Copies of that sharded group (HSDP): gradients are all-reduced between them.
+        sequence_parallel: Keep the residual stream sharded over the sequence between the blocks (Megatron SP). `False`
+            is plain tensor parallelism: the same weights' layout, all-reduces in place of reduce-scatter + all-gather.
+        loss: `"loss_parallel"`, cross entropy on vocabulary shards with torch's `loss_parallel`.
+        activation_checkpointing: `"none"` or `"full"` (each decoder layer keeps its input only, and runs again in
+            backward). The Trainer's `gradient_checkpointing=True` does the same.
+        mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction. Under the
+            Trainer, `TrainingArguments(bf16=…)` decides.
+        reshard_after_forward: Free a layer's gathered weights after forward and gather them again in backward (ZeRO-3);
+            `False` keeps them (ZeRO-2). The last layer is always kept: backward needs it first.
+    """
+
+    tp_size: int = 1
+    dp_shard_size: int = 1
+    dp_replicate_size: int = 1
+    sequence_parallel: bool = True
+    loss: str = "loss_parallel"
+    activation_checkpointing: str = "none"
+    mixed_precision: str = "no"
+    reshard_after_forward: bool = True
+
+    def __post_init__(self):
+        for name in ("tp_size", "dp_shard_size", "dp_replicate_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
+        for name, allowed in (
+            ("loss", LOSSES),
+            ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
+            ("mixed_precision", MIXED_PRECISION),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
+
+    @property
+    def dp_size(self) -> int:
+        """Number of distinct batches per step: `dp_replicate_size * dp_shard_size`."""
+        return self.dp_replicate_size * self.dp_shard_size
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_size * self.tp_size
+
+    @classmethod
+    def from_accelerate(cls, **overrides) -> TPSPConfig:
+        """The config of the preset that `accelerate launch` was given, read from the environment it exports.
+
+        `overrides` replace single fields. A process that was not launched as one of several gets all sizes 1.
+
+        Raises:
+            ValueError: several ranks were launched without a `parallelism_config`, or with settings that hf_tpsp does
+                not run (another wrap policy than `NO_WRAP`, context parallelism, fp16, CPU offload, …).
+        """
+        unknown = overrides.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"TPSPConfig has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}.")
+        if not _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+            config = cls(**overrides)
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            if config.world_size == 1 and world_size > 1:
+                raise ValueError(
+                    f"{world_size} ranks were started without a mesh. Launch with one of hf_tpsp's presets "
+                    f"(`accelerate launch --config_file $(hf-tpsp config --dp {world_size // 2 or 1} --tp 2) …`) or "
+                    f"pass the sizes: `enable(TPSPConfig(tp_size=2, dp_shard_size={world_size // 2 or 1}))`."
+                )
+            return config
+        check_launch_environment()
+        sizes = {
+            name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1"))
+            for name in ("tp_size", "dp_shard_size", "dp_replicate_size")
+        }
+        return cls(
+            **{
+                **sizes,
+                "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+                "activation_checkpointing": "full" if _flag("FSDP_ACTIVATION_CHECKPOINTING") else "none",
+                "reshard_after_forward": _flag("FSDP_RESHARD_AFTER_FORWARD", "true"),
+                **overrides,
+            }
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which accelerate learns of this mesh: what a preset would have exported."""
+        return {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+            "FSDP_STATE_DICT_TYPE": os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"),
+            "FSDP_RESHARD_AFTER_FORWARD": str(self.reshard_after_forward).lower(),
+            # hf_tpsp checkpoints the layers itself; accelerate's wrapper needs a wrap policy.
+            "FSDP_ACTIVATION_CHECKPOINTING": "false",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+            "PARALLELISM_CONFIG_TP_SIZE": str(self.tp_size),
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(self.dp_shard_size),
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(self.dp_replicate_size),
+            "ACCELERATE_MIXED_PRECISION": self.mixed_precision,
+        }
+
+    def check_world(self, world_size: int) -> None:
+        """Raise `ValueError` unless the mesh has exactly `world_size` ranks, naming the sizes that would fit."""
+        if self.world_size == world_size:
+            return
+        message = (
+            f"The mesh dp_replicate {self.dp_replicate_size} x dp_shard {self.dp_shard_size} x tp {self.tp_size} needs "
+            f"{self.world_size} ranks, but {world_size} were started. "
+        )
+        inner = self.dp_replicate_size * self.tp_size
+        if world_size % inner == 0:
+            fit = replace(self, dp_shard_size=world_size // inner)
+            message += f"With {world_size} ranks, dp_shard_size={fit.dp_shard_size} and tp_size={fit.tp_size} fit"
+        else:
+            message += f"With {world_size} ranks, tp_size can be one of {_divisors(world_size)}"
+        raise ValueError(f"{message}; or start {self.world_size} ranks (`num_processes` in the preset).")
+
+    def check_model(self, model_config: PreTrainedConfig) -> None:
+        """Raise `ValueError` if this architecture cannot be split `tp_size` ways, naming the sizes that work."""
+        text = model_config.get_text_config()
+        heads = {
+            name: size
+            for name in ("num_attention_heads", "num_key_value_heads")
+            if isinstance(size := getattr(text, name, None), int)
+        }
+        if any(size % self.tp_size for size in heads.values()):
+            named = " and ".join(f"{name}={size}" for name, size in heads.items())
+            raise ValueError(
+                f"tp_size={self.tp_size} does not divide the attention heads of {model_config.model_type} ({named}). "
+                f"tp_size can be one of {_divisors(*heads.values())}; put the remaining ranks into dp_shard_size."
+            )
+        for name in ("vocab_size", "intermediate_size"):
+            size = getattr(text, name, None)
+            # DTensor gives each rank ceil(size / tp) rows, so the last ranks of a tiny dimension can end up with none.
+            if isinstance(size, int) and -(-size // self.tp_size) * (self.tp_size - 1) >= size:
+                raise ValueError(
+                    f"{name}={size} of {model_config.model_type} leaves a rank without a row at tp_size={self.tp_size}. "
+                    f"Use a tp_size of at most {max(_divisors(*heads.values())) if heads else 1} that gives each rank one."
+                )
+
+
+def check_launch_environment() -> None:
+    """Refuse what an accelerate config may ask for and hf_tpsp does not run. Raises `ValueError`."""
+    env = os.environ
+    problems = []
+    policy = env.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
+    if not _flag("ACCELERATE_USE_FSDP") or env.get("FSDP_VERSION", "1") != "2":
+        problems.append("the config needs `distributed_type: FSDP` with `fsdp_version: 2`")
+    if policy != "NO_WRAP":
+        problems.append(
+            f"`fsdp_auto_wrap_policy: {policy}` would wrap a model that hf_tpsp has already sharded; set it to NO_WRAP"
+        )
+    if _flag("FSDP_OFFLOAD_PARAMS"):
+        problems.append("`fsdp_offload_params: true` is not supported; set it to false")
+    for dim, meaning in (("CP", "context parallelism"), ("SP", "DeepSpeed-Ulysses sequence parallelism")):
+        if int(env.get(f"PARALLELISM_CONFIG_{dim}_SIZE", "1")) > 1:
+            problems.append(
+                f"`parallelism_config_{dim.lower()}_size` ({meaning}) does not combine with hf_tpsp; set it to 1"
+            )
+    precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in MIXED_PRECISION:
+        problems.append(f"`mixed_precision: {precision}` is not supported; use bf16 or no")
+    if problems:
+        raise ValueError("This accelerate config does not work with hf_tpsp: " + "; ".join(problems) + ".")

@@ -1,0 +1,179 @@
+"""Apply a plan and FSDP2 to a model: on meta before its weights are read, or in memory."""
+
+from __future__ import annotations
+
+import os
+import types
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import compat
+from .config import TPSPConfig
+from .plan import decoder_layers, plan_for, rule_for
+from .styles import ReplicatedGradients, style_for
+
+logger = logging.get_logger(__name__)
+
+MESH_DIMS = ("dp_replicate", "dp_shard", "tp")  # accelerate's names, by which it deals one batch to each TP group
+# One mesh per process group and shape: each mesh makes groups of its own.
+_meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Parallelized:
+    """What was done to a model. Kept on it as `model._tpsp`."""
+
+    config: TPSPConfig
+    mesh: DeviceMesh
+    plan: dict[str, str]
+
+
+def is_parallelized(model: nn.Module) -> bool:
+    """Whether `model`, or the model inside a wrapper such as peft's, went through `parallelize`."""
+    return any("_tpsp" in vars(module) for module in model.modules())
+
+
+def build_mesh(config: TPSPConfig) -> DeviceMesh:
+    """The `(dp_replicate, dp_shard, tp)` mesh over all ranks, starting the process group if nothing has yet.
+
+    Raises:
+        ValueError: the number of ranks is not the mesh's.
+    """
+    config.check_world(dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")))
+    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true")
+    if not dist.is_initialized():  # one process, not launched as one of several
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    sizes = (config.dp_replicate_size, config.dp_shard_size, config.tp_size)
+    meshes = _meshes.setdefault(dist.group.WORLD, {})
+    if sizes not in meshes:
+        mesh = meshes[sizes] = init_device_mesh(state.device.type, sizes, mesh_dim_names=MESH_DIMS)
+        mesh["dp_shard", "tp"]._flatten()  # so that DTensor reduces a gradient norm in one collective
+    return meshes[sizes]
+
+
+def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
+    """Shard `model` over the mesh of `config`, in place: tensor, sequence and loss parallel, then FSDP2.
+
+    Call it on every rank before the optimizer is made. A model in memory takes rank 0's weights on all ranks; a model on
+    meta stays there, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does).
+
+    Returns:
+        The same model. Its parameters are DTensors on `(dp_shard, tp)`, its logits DTensors `Shard(-1)`
+        (`.full_tensor()` makes them whole), its loss a plain scalar.
+
+    Raises:
+        ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.
+    """
+    if is_parallelized(model):
+        raise ValueError("This model is already parallelized.")
+    mesh = build_mesh(config)
+    plan = plan_for(model, config)
+    on_meta = any(p.is_meta for p in model.parameters())
+    if not on_meta:
+        _same_on_all_ranks(model, PartialState().device)
+
+    gradients = ReplicatedGradients(mesh["tp"])
+    _apply_plan(model, plan, gradients, config)
+    model.tie_weights()
+    _check_sharded(model)
+    _apply_fsdp(model, mesh, config)
+    compat.index_sharded_parameters(model)
+
+    # Placed on the instance, so a model that is not ours is never touched.
+    model._tpsp = Parallelized(config, mesh, plan)
+    model._tp_plan = plan
+    model.gather_sharded_state_dict_for_save = types.MethodType(_gather_for_save, model)
+    model.resize_token_embeddings = _refuse_resize
+    if config.activation_checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    from .loss import patch_loss
+
+    patch_loss(model)
+    return model
+
+
+def _same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
+    """Move every parameter and buffer to `device` with rank 0's values, as DDP does: slices of one model, not of many."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.to(device)
+            dist.broadcast(tensor.data, src=0)
+
+
+def _apply_plan(
+    model: PreTrainedModel, plan: dict[str, str], gradients: ReplicatedGradients, config: TPSPConfig
+) -> None:
+    for name, module in list(model.named_modules()):
+        if (rule := rule_for(name, plan)) is not None:
+            style = style_for(rule, config.sequence_parallel)
+            style.shard(module, gradients)
+            style.install(module, gradients)
+
+
+def _check_sharded(model: nn.Module) -> None:
+    plain = [name for name, param in model.named_parameters() if not isinstance(param, DTensor)]
+    assert not plain, f"the plan was checked to be complete, yet these parameters are plain tensors: {plain}"
+
+
+def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) -> None:
+    """FSDP2 on each decoder layer and on the root, which holds the embedding, the last norm and the head.
+
+    dp_shard_size=1 goes the same way: a mesh dim of size 1 has no traffic, and one path serves all meshes.
+    """
+    dp_mesh = mesh["dp_replicate", "dp_shard"] if config.dp_replicate_size > 1 else mesh["dp_shard"]
+
+    def placement(param: nn.Parameter) -> Shard | None:
+        # A packed weight is strided over TP on its first dimension; FSDP takes the other one.
+        return Shard(1) if any(isinstance(p, _StridedShard) for p in param.placements) else None
+
+    _, layers = decoder_layers(model)
+    for index, layer in enumerate(layers):
+        last = index == len(layers) - 1
+        fully_shard(
+            layer,
+            mesh=dp_mesh,
+            reshard_after_forward=config.reshard_after_forward and not last,
+            shard_placement_fn=placement,
+        )
+    fully_shard(model, mesh=dp_mesh, reshard_after_forward=False, shard_placement_fn=placement)
+    if config.mixed_precision == "bf16":
+        compat.set_mixed_precision(model, torch.bfloat16)
+
+
+def full_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The whole tensors of a sharded state dict, on the CPU of rank 0; empty elsewhere. Every rank must call it.
+
+    One parameter is gathered at a time, so no rank but the first ever holds more than one of them.
+    """
+    full = {}
+    for name, tensor in state_dict.items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            full[name] = value.detach().cpu()
+    return full
+
+
+def _gather_for_save(self, model_to_save, state_dict, distributed_config=None, *, save_on_this_rank=True):
+    """`save_pretrained` of a sharded model: gather, unless the caller (the Trainer) has done so."""
+    if any(isinstance(tensor, DTensor) for tensor in state_dict.values()):
+        return full_state_dict(state_dict)
+    return state_dict
+
+
+def _refuse_resize(*args, **kwargs):
+    raise ValueError(
+        "resize_token_embeddings cannot change a model that is already sharded. Resize it once before training, save it "
+        "with save_pretrained in one process, and load that folder."
+    )

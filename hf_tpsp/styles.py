@@ -1,0 +1,490 @@
+"""The layouts: one class for each role a module can play in a tensor-parallel block.
+
+A decoder layer is a *region* between a gather and a reduce-scatter, once for the token mixer and once for the MLP:
+
+    residual stream ──norm──▶ gather ──▶ colwise ──▶ (local heads) ──▶ rowwise ──▶ residual stream
+      Shard(1)              all-gather                              reduce-scatter    Shard(1)
+
+The residual stream is a DTensor `[batch, seq, hidden]` sharded over the sequence, with its true global shape, so the
+Hugging Face code between the layers sees the whole sequence's length (position ids, masks, rotary tables). Inside a
+region everything is a plain tensor holding this rank's heads or columns, and the parameters are read as plain local
+shards: no DTensor dispatch on the hot path.
+
+With `sequence_parallel=False` the same classes leave the stream a plain replicated tensor, and each pair of gather and
+reduce-scatter is one all-reduce instead.
+
+Gradients. A column- or row-sharded weight gets its whole gradient on the rank that owns it. A *replicated* parameter
+(norms, q_norm/k_norm, the bias of a row-parallel layer) sees a part of the sequence or of the heads on each rank, so
+its local gradient is one term of a sum over the TP ranks. `ReplicatedGradients` adds the terms, once per backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+SEQUENCE = Shard(1)
+
+
+class ReplicatedGradients:
+    """Adds up the gradients of the replicated parameters over the TP ranks: one all-reduce per backward.
+
+    The terms are summed at the end of `backward`, after FSDP has reduced over data parallelism (sums commute), in one
+    flat buffer for the whole model. Gradients that were there before this backward are set aside meanwhile and added
+    back, so that accumulating over several backwards counts each of them once. A backward under FSDP's
+    `set_requires_gradient_sync(False)` leaves no `.grad`, and then nothing is reduced until the one that does.
+    """
+
+    def __init__(self, mesh: DeviceMesh):
+        self.mesh = mesh
+        self.owners: list[tuple[nn.Module, str]] = []
+        self._graph_task = -1
+        self._set_aside: list[tuple[nn.Parameter, DTensor]] = []
+
+    def register(self, module: nn.Module, name: str) -> None:
+        """Have `module`'s parameter `name` reduced. Called while the plan is applied."""
+        self.owners.append((module, name))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters as the optimizer knows them, whichever way FSDP holds the modules' own just now."""
+        from .compat import sharded_parameter
+
+        unique = {id(p): p for module, name in self.owners if (p := sharded_parameter(module, name)) is not None}
+        return list(unique.values())
+
+    def local(self, param: DTensor) -> Tensor:
+        """`param` as a plain tensor whose gradient is one rank's term of the sum."""
+        return _LocalReplica.apply(param, self)
+
+    def arm(self) -> None:
+        """Arrange for the reduction at the end of the running backward. Called when its first term is there."""
+        task = torch._C._current_graph_task_id()
+        if task == self._graph_task:
+            return
+        self._restore()  # a backward that raised never came to its end
+        self._graph_task = task
+        for param in self.parameters():
+            if param.grad is not None:
+                self._set_aside.append((param, param.grad))
+                param.grad = None
+        # FSDP's own final callback was queued when the loss's gradient arrived, so it runs before this one.
+        torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
+
+    def _reduce(self) -> None:
+        grads = [p.grad._local_tensor for p in self.parameters() if p.grad is not None]
+        if grads:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=self.mesh.get_group())
+            for grad, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(reduced.view_as(grad))
+        self._restore()
+        self._graph_task = -1
+
+    def _restore(self) -> None:
+        for param, earlier in self._set_aside:
+            param.grad = earlier if param.grad is None else param.grad.add_(earlier)
+        self._set_aside = []
+
+
+class _LocalReplica(torch.autograd.Function):
+    """Replicated DTensor → local tensor. Backward claims `Replicate()`, so that nobody reduces before the step's end."""
+
+    @staticmethod
+    def forward(ctx, param: DTensor, gradients: ReplicatedGradients) -> Tensor:
+        ctx.spec, ctx.gradients = param._spec, gradients
+        local = param._local_tensor
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.gradients.arm()
+        return DTensor.from_local(grad, ctx.spec.mesh, ctx.spec.placements, run_check=False), None
+
+
+class _CopyToRegion(torch.autograd.Function):
+    """Identity forward, all-reduce backward: the entry of a region when the stream is replicated (Megatron's f)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.mesh.get_group())
+        return grad, None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    """All-reduce forward, identity backward: the exit of a region when the stream is replicated (Megatron's g)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=mesh.get_group())
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class Style:
+    """How a module's parameters are laid out over the TP ranks, and what happens around its forward.
+
+    `install` wraps `module.forward`; it calls `run`, which subclasses override. The two strings name the collectives on
+    the activations, for the table that `hf-tpsp plan` prints.
+    """
+
+    forward_collective = "-"
+    backward_collective = "-"
+
+    def __init__(self, sequence_parallel: bool = True):
+        self.sequence_parallel = sequence_parallel
+
+    def placement(self, module: nn.Module, name: str, param: nn.Parameter) -> Placement:
+        """Where parameter `name` of `module` lives on the TP mesh dim."""
+        return Replicate()
+
+    def is_partial(self, name: str) -> bool:
+        """Whether the ranks' gradients of the replicated parameter `name` are terms of a sum."""
+        return False
+
+    def shard(self, module: nn.Module, gradients: ReplicatedGradients) -> None:
+        """Turn the module's own parameters into DTensors on the TP mesh, keeping ties and `requires_grad`."""
+        for name, param in list(module.named_parameters(recurse=False)):
+            if self.is_partial(name):
+                gradients.register(module, name)
+            if not isinstance(param, DTensor):
+                placement = self.placement(module, name, param)
+                # `src_data_rank=None`: every rank cuts its own slice; no communication, and meta tensors work.
+                value = distribute_tensor(param.detach(), gradients.mesh, [placement], src_data_rank=None)
+                module._parameters[name] = nn.Parameter(value, requires_grad=param.requires_grad)
+
+    def install(self, module: nn.Module, gradients: ReplicatedGradients) -> None:
+        inner = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.run(module, inner, gradients, args, kwargs)
+
+        module.forward = forward
+
+    def run(self, module: nn.Module, inner, gradients: ReplicatedGradients, args: tuple, kwargs: dict) -> Any:
+        with self.local_parameters(module, gradients):
+            return inner(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def local_parameters(self, module: nn.Module, gradients: ReplicatedGradients, without: tuple[str, ...] = ()):
+        """While inside, the module's own parameters are plain local tensors; those in `without` are None."""
+        params = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
+        for name, param in params.items():
+            if name in without:
+                local = None
+            elif self.is_partial(name):
+                local = gradients.local(param)
+            else:
+                local = param.to_local(grad_placements=param.placements)
+            module._parameters[name] = local
+        try:
+            yield
+        finally:
+            module._parameters.update(params)
+
+    def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        """Sum the ranks' terms `[batch, seq, hidden]` into the stream: reduce-scatter, or all-reduce without SP."""
+        if self.sequence_parallel:
+            return DTensor.from_local(partial, mesh, [Partial()], run_check=False).redistribute(placements=[SEQUENCE])
+        return _ReduceFromRegion.apply(partial, mesh)
+
+
+def enter_region(x: Any, mesh: DeviceMesh, sequence_parallel: bool) -> Any:
+    """The stream as the plain full tensor `[batch, seq, hidden]` of a region; other values are returned as they are.
+
+    What is computed from it covers this rank's columns only, so its gradient is a term of a sum over the ranks.
+    """
+    if isinstance(x, DTensor):
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    if not sequence_parallel and isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
+        return _CopyToRegion.apply(x, mesh)
+    return x
+
+
+class Embedding(Style):
+    """Vocabulary-sharded lookup into the stream. Weight Shard(0).
+
+    Each rank looks up the ids it owns and leaves zeros for the rest; the sum over ranks is the embedding.
+    Forward: reduce-scatter. Backward: all-gather. (Without SP: all-reduce, none.)
+    """
+
+    def __init__(self, sequence_parallel: bool = True):
+        super().__init__(sequence_parallel)
+        self.forward_collective = "reduce-scatter" if sequence_parallel else "all-reduce"
+        self.backward_collective = "all-gather" if sequence_parallel else "-"
+
+    def placement(self, module, name, param):
+        return Shard(0)
+
+    def install(self, module, gradients):
+        if module.max_norm is not None:
+            raise ValueError("An embedding with max_norm rescales rows in forward and cannot be vocabulary-sharded.")
+        weight = module.weight
+        (rows, _), (start, _) = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, [Shard(0)])
+        module._tpsp_rows = (start, rows)
+        super().install(module, gradients)
+
+    def run(self, module, inner, gradients, args, kwargs):
+        (ids,) = args or kwargs.values()
+        start, rows = module._tpsp_rows
+        ids = ids - start
+        foreign = (ids < 0) | (ids >= rows)
+        # `padding_idx` keeps its row's gradient at zero; here it must name a row of this shard, or none.
+        padding_idx = module.padding_idx
+        owned = padding_idx is not None and start <= padding_idx < start + rows
+        module.padding_idx = padding_idx - start if owned else None
+        try:
+            with self.local_parameters(module, gradients):
+                out = inner(ids.masked_fill(foreign, 0))
+        finally:
+            module.padding_idx = padding_idx
+        return self.leave_region(out.masked_fill(foreign.unsqueeze(-1), 0), gradients.mesh)
+
+
+class Enter(Style):
+    """On the first decoder layer: a plain stream (`inputs_embeds` of the caller's) is cut into sequence shards.
+
+    Forward: none. Backward: all-gather. A stream that is sharded already passes through.
+    """
+
+    backward_collective = "all-gather if plain"
+
+    def run(self, module, inner, gradients, args, kwargs):
+        def enter(x):
+            if self.sequence_parallel and type(x) is Tensor and x.dim() == 3 and x.is_floating_point():
+                return DTensor.from_local(x, gradients.mesh, [Replicate()], run_check=False).redistribute(
+                    placements=[SEQUENCE]
+                )
+            return x
+
+        if args:
+            args = (enter(args[0]), *args[1:])
+        elif "hidden_states" in kwargs:
+            kwargs = {**kwargs, "hidden_states": enter(kwargs["hidden_states"])}
+        return inner(*args, **kwargs)
+
+
+class Norm(Style):
+    """A norm on the stream: each rank normalizes its own part of the sequence. Parameters replicated; no collective."""
+
+    def is_partial(self, name):
+        return self.sequence_parallel
+
+    def run(self, module, inner, gradients, args, kwargs):
+        x, *rest = args
+        if not isinstance(x, DTensor):
+            return super().run(module, inner, gradients, args, kwargs)
+        with self.local_parameters(module, gradients):
+            out = inner(x.to_local(grad_placements=x.placements), *rest, **kwargs)
+        return DTensor.from_local(
+            out, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+        )
+
+
+class Replica(Style):
+    """A module inside a region that works on this rank's heads with the same parameters on every rank (q_norm, k_norm).
+
+    No collective on activations.
+    """
+
+    def is_partial(self, name):
+        return True
+
+
+class Gather(Style):
+    """Entry of a token mixer or MLP: whatever arguments carry the stream, positional or keyword, are gathered.
+
+    Forward: all-gather. Backward: reduce-scatter. (Without SP: none, all-reduce.)
+    """
+
+    def __init__(self, sequence_parallel: bool = True):
+        super().__init__(sequence_parallel)
+        self.forward_collective = "all-gather" if sequence_parallel else "-"
+        self.backward_collective = "reduce-scatter" if sequence_parallel else "all-reduce"
+
+    def run(self, module, inner, gradients, args, kwargs):
+        if self.sequence_parallel:
+            args = tuple(enter_region(x, gradients.mesh, True) for x in args)
+            kwargs = {name: enter_region(x, gradients.mesh, True) for name, x in kwargs.items()}
+        else:  # nothing marks a plain stream: it is the first argument, by either calling convention
+            if args:
+                args = (enter_region(args[0], gradients.mesh, False), *args[1:])
+            else:
+                first = next(iter(kwargs))
+                kwargs = {**kwargs, first: enter_region(kwargs[first], gradients.mesh, False)}
+        return inner(*args, **kwargs)
+
+
+class GatherHeads(Gather):
+    """`Gather` for an attention whose forward reads the number of heads (to cut up a packed projection).
+
+    The module sees a config and attributes with this rank's share of the heads.
+    """
+
+    HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads")
+
+    def install(self, module, gradients):
+        size = gradients.mesh.size()
+        module.config = copy.copy(module.config)
+        for owner in (module, module.config):
+            for name in self.HEADS:
+                if isinstance(heads := vars(owner).get(name), int):
+                    setattr(owner, name, heads // size)
+        super().install(module, gradients)
+
+
+class Colwise(Style):
+    """A linear layer split over its output features. Weight and bias Shard(0); input full, output local; no collective."""
+
+    def placement(self, module, name, param):
+        return Shard(0)
+
+
+class PackedColwise(Colwise):
+    """Projections of equal width packed in one linear layer (gate and up): each is split over its own output features.
+
+    Written `packed_colwise:n,n` in a plan, with the width of each part. No collective.
+    """
+
+    def __init__(self, sequence_parallel: bool = True, *parts: int):
+        super().__init__(sequence_parallel)
+        self.parts = parts
+
+    def placement(self, module, name, param):
+        return _StridedShard(0, split_factor=len(self.parts))
+
+
+class PackedUneven(Colwise):
+    """Projections of different widths packed in one linear layer: query, key and value with fewer kv heads.
+
+    Written `packed_uneven:q,k,v` in a plan. No placement of DTensor's keeps each head with its group, so the weight is
+    split by rows as it lies, the output is gathered, and each rank keeps its own slice of each part.
+    Forward: all-gather (of the layer's output). Backward: reduce-scatter.
+    """
+
+    forward_collective = "all-gather"
+    backward_collective = "reduce-scatter"
+
+    def __init__(self, sequence_parallel: bool = True, *parts: int):
+        super().__init__(sequence_parallel)
+        self.parts = parts
+
+    def install(self, module, gradients):
+        rank, size = gradients.mesh.get_local_rank(), gradients.mesh.size()
+        start, rows = 0, []
+        for features in self.parts:
+            part = features // size
+            rows.append(torch.arange(start + rank * part, start + (rank + 1) * part))
+            start += features
+        module._tpsp_rows = torch.cat(rows)
+        super().install(module, gradients)
+
+    def run(self, module, inner, gradients, args, kwargs):
+        out = super().run(module, inner, gradients, args, kwargs)
+        shape = torch.Size((*out.shape[:-1], module.out_features))
+        stride = torch.empty(shape, device="meta").stride()
+        out = DTensor.from_local(
+            out, gradients.mesh, [Shard(out.dim() - 1)], run_check=False, shape=shape, stride=stride
+        )
+        full = out.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        module._tpsp_rows = module._tpsp_rows.to(full.device)
+        return full.index_select(-1, module._tpsp_rows)
+
+
+class Rowwise(Style):
+    """A linear layer split over its input features, closing a region. Weight Shard(1), bias replicated.
+
+    The ranks' products are terms of a sum. Forward: reduce-scatter. Backward: all-gather. (Without SP: all-reduce,
+    none.) The bias is added once, after the sum.
+    """
+
+    def __init__(self, sequence_parallel: bool = True):
+        super().__init__(sequence_parallel)
+        self.forward_collective = "reduce-scatter" if sequence_parallel else "all-reduce"
+        self.backward_collective = "all-gather" if sequence_parallel else "-"
+
+    def placement(self, module, name, param):
+        return Replicate() if name == "bias" else Shard(1)
+
+    def is_partial(self, name):
+        return name == "bias" and self.sequence_parallel
+
+    def run(self, module, inner, gradients, args, kwargs):
+        with self.local_parameters(module, gradients, without=("bias",)):
+            partial = inner(*args, **kwargs)
+        out = self.leave_region(partial, gradients.mesh)
+        if (bias := module._parameters.get("bias")) is None:
+            return out
+        if not self.sequence_parallel:
+            return out + bias.to_local(grad_placements=bias.placements)
+        local = out.to_local(grad_placements=out.placements) + gradients.local(bias)
+        return DTensor.from_local(
+            local, out.device_mesh, out.placements, run_check=False, shape=out.shape, stride=out.stride()
+        )
+
+
+class Head(Style):
+    """The language-model head: logits `[batch, seq, vocab]` stay sharded over the vocabulary. Weight and bias Shard(0).
+
+    Forward: all-gather (of the hidden states). Backward: reduce-scatter. (Without SP: none, all-reduce.)
+    """
+
+    def __init__(self, sequence_parallel: bool = True):
+        super().__init__(sequence_parallel)
+        self.forward_collective = "all-gather" if sequence_parallel else "-"
+        self.backward_collective = "reduce-scatter" if sequence_parallel else "all-reduce"
+
+    def placement(self, module, name, param):
+        return Shard(0)
+
+    def run(self, module, inner, gradients, args, kwargs):
+        hidden = enter_region(args[0], gradients.mesh, self.sequence_parallel)
+        with self.local_parameters(module, gradients):
+            logits = inner(hidden)
+        shape = torch.Size((*logits.shape[:-1], module.out_features))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            logits, gradients.mesh, [Shard(logits.dim() - 1)], run_check=False, shape=shape, stride=stride
+        )
+
+
+STYLES: dict[str, type[Style]] = {
+    "embedding": Embedding,
+    "enter": Enter,
+    "norm": Norm,
+    "replica": Replica,
+    "gather": Gather,
+    "gather_heads": GatherHeads,
+    "colwise": Colwise,
+    "packed_colwise": PackedColwise,
+    "packed_uneven": PackedUneven,
+    "rowwise": Rowwise,
+    "head": Head,
+}
+"""Style names as they stand in a plan."""
+
+
+def style_for(rule: str, sequence_parallel: bool) -> Style:
+    """The style that a rule of a plan names; numbers after a colon are its arguments (`packed_colwise:64,64`)."""
+    name, _, arguments = rule.partition(":")
+    if name not in STYLES:
+        raise ValueError(f"{rule!r} names no style; the styles are {', '.join(STYLES)}.")
+    return STYLES[name](sequence_parallel, *(int(n) for n in arguments.split(",") if n))

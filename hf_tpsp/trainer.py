@@ -1,0 +1,199 @@
+"""`enable()`: the whole of hf_tpsp for one process; `TPSPCallback`: its part in the Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import transformers.trainer
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import logging
+
+from . import compat, loading
+from .config import TPSPConfig
+from .loss import patch_label_smoother
+from .parallelize import Parallelized, is_parallelized, parallelize
+
+logger = logging.get_logger(__name__)
+
+
+def parallelized_model(model: nn.Module) -> nn.Module:
+    """The model that `parallelize` was given, inside whatever wraps it."""
+    return next(module for module in model.modules() if "_tpsp" in vars(module))
+
+
+class TPSPCallback(TrainerCallback):
+    """Parallelizes the Trainer's model when the Trainer is made, unless the loading hook has, and checks the set-up.
+
+    `enable()` adds it to every Trainer. To write it yourself: `Trainer(…, callbacks=[TPSPCallback()])`, launched with
+    one of the presets, or with a config given here. Make it before the `TrainingArguments`.
+
+    Args:
+        config: defaults to `TPSPConfig.from_accelerate()`.
+    """
+
+    def __init__(self, config: TPSPConfig | None = None):
+        self.config = config or TPSPConfig.from_accelerate()
+        if self.config.world_size > 1 and not _active:
+            _install(self.config, hook_loading=False)
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if self.config.world_size == 1 or model is None:
+            return
+        check_training_arguments(args)
+        if not is_parallelized(model):
+            parallelize(model, self.config)
+        inner = parallelized_model(model)
+        done: Parallelized = inner._tpsp
+        check_accelerator(done.config)
+        if args.bf16:
+            # accelerate would cast only the outer dtype of a DTensor: fp32 masters are made here.
+            if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+                logger.info("hf_tpsp: bf16=True trains fp32 master weights; the model is cast to fp32.")
+                model.float()
+            compat.set_mixed_precision(inner, torch.bfloat16)
+        elif done.config.mixed_precision == "bf16":
+            compat.set_mixed_precision(inner, None)
+        if state.is_world_process_zero:
+            c = done.config
+            logger.info(
+                f"hf_tpsp: {type(inner).__name__} on dp_replicate {c.dp_replicate_size} x dp_shard {c.dp_shard_size} x "
+                f"tp {c.tp_size}, sequence parallel {'on' if c.sequence_parallel else 'off'}, loss {c.loss}"
+            )
+
+
+def check_training_arguments(args) -> None:
+    """Refuse the `TrainingArguments` that would train something else than one process does. Raises `ValueError`."""
+    problems = []
+    if args.fp16:
+        problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
+    if args.auto_find_batch_size:
+        problems.append("auto_find_batch_size=True would have to unshard the model; set per_device_train_batch_size")
+    if args.fsdp:
+        policy = (args.fsdp_config or {}).get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+        if str(policy).upper().rpartition(".")[2] != "NO_WRAP":
+            problems.append(f"fsdp_config auto_wrap_policy {policy!r} wraps a model that is sharded; leave `fsdp` out")
+    if problems:
+        raise ValueError("These TrainingArguments do not work with hf_tpsp: " + "; ".join(problems) + ".")
+
+
+def check_accelerator(config: TPSPConfig) -> None:
+    """Raise `ValueError` unless the Trainer's accelerator deals batches and saves state for the mesh of the model."""
+    state = AcceleratorState()
+    pc = state.parallelism_config
+    sizes = None if pc is None else (pc.dp_replicate_size, pc.dp_shard_size, pc.tp_size)
+    expected = (config.dp_replicate_size, config.dp_shard_size, config.tp_size)
+    if not state.is_fsdp2 or sizes != expected:
+        raise ValueError(
+            f"The model is on the mesh (dp_replicate, dp_shard, tp) = {expected}, but accelerate runs "
+            f"{state.distributed_type.value} with {sizes}. Launch with a preset of these sizes (`hf-tpsp config`), or "
+            "call hf_tpsp.enable(config) before the TrainingArguments are made."
+        )
+    policy = state.fsdp_plugin.auto_wrap_policy
+    if policy is not None and getattr(policy, "__name__", getattr(policy, "func", policy)) is not None:
+        raise ValueError(
+            f"accelerate's FSDP wrap policy is {policy}, which would wrap a model that is already sharded. Set "
+            "`fsdp_auto_wrap_policy: NO_WRAP` in the accelerate config."
+        )
+    state.fsdp_plugin.activation_checkpointing = False  # TPSPConfig.activation_checkpointing has done it
+
+
+_active: list[Enabled] = []
+
+
+class Enabled:
+    """The handle of `enable()`: a context manager, or call `disable()`."""
+
+    def __init__(self, config: TPSPConfig, undo: list[Callable[[], None]]):
+        self.config = config
+        self._undo = undo
+
+    def disable(self) -> None:
+        """Leave transformers and accelerate as they were. Models that are sharded stay so."""
+        while self._undo:
+            self._undo.pop()()
+        if self in _active:
+            _active.remove(self)
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.disable()
+
+
+def enable(config: TPSPConfig | None = None) -> Enabled:
+    """Train this process's causal LMs on the mesh: one line at the top of a script, before its TrainingArguments.
+
+    From here on `from_pretrained` shards causal LMs while it reads them, and every `Trainer` gets a `TPSPCallback`. In a
+    process that was not launched as one of several, nothing changes.
+
+    Args:
+        config: defaults to `TPSPConfig.from_accelerate()`, the mesh of the preset `accelerate launch` was given.
+
+    Returns:
+        A handle that undoes everything: `with enable(): …`, or `handle.disable()`.
+
+    Raises:
+        ValueError: the mesh does not have as many ranks as were started, or it was enabled with another config already.
+    """
+    use_cpu_if_alone()
+    config = config or TPSPConfig.from_accelerate()
+    config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    if _active:
+        if _active[0].config != config:
+            raise ValueError(f"hf_tpsp is enabled with {_active[0].config}; disable() that first.")
+        return _active[0]
+    if config.world_size == 1:
+        return Enabled(config, [])
+    return _install(config, hook_loading=True)
+
+
+def use_cpu_if_alone() -> None:
+    """Have accelerate run the ranks on the CPU if there is nothing else: its FSDP launcher drops `use_cpu`.
+
+    accelerate 1.15 (utils/launch.py, `prepare_multi_gpu_env`) does not export ACCELERATE_USE_CPU, and without it the
+    ranks of a machine without accelerators silently become single processes. Delete when it does.
+    """
+    if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
+    undo = [_set_environment(config.environment()), compat.install(), _patch(LabelSmoother, "__call__", patch_label_smoother)]
+    if hook_loading:
+        undo.append(loading.install(config))
+        undo.append(_add_callback(TPSPCallback(config)))
+    handle = Enabled(config, undo)
+    _active.append(handle)
+    return handle
+
+
+def _patch(owner: type, name: str, make: Callable) -> Callable[[], None]:
+    original = vars(owner)[name]
+    setattr(owner, name, make(original))
+    return lambda: setattr(owner, name, original)
+
+
+def _set_environment(values: dict[str, str]) -> Callable[[], None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+
+    def restore() -> None:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    return restore
+
+
+def _add_callback(callback: TPSPCallback) -> Callable[[], None]:
+    callbacks = transformers.trainer.DEFAULT_CALLBACKS
+    callbacks.append(callback)
+    return lambda: callbacks.remove(callback)
