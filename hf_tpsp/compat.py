@@ -13,9 +13,12 @@ import accelerate.state
 import torch
 import transformers
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.utils import DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.utils.data import DataLoader
 
 # ---- FSDP2 (torch) -----------------------------------------------------------------------------------------------
 
@@ -100,23 +103,24 @@ def _patch_prepare(original):
     def prepare(self, *args, device_placement=None):
         from .parallelize import is_parallelized
 
-        models = [arg for arg in args if isinstance(arg, nn.Module) and is_parallelized(arg)]
-        if not models:
+        sharded = [isinstance(arg, nn.Module) and is_parallelized(arg) for arg in args]
+        if not any(sharded):
             return original(self, *args, device_placement=device_placement)
-        others = [arg for arg in args if arg not in models]
-        prepared = iter(_as_tuple(original(self, *others)) if others else ())
-        for model in models:
-            if model not in self._models:
+        for model in (arg for arg, ours in zip(args, sharded, strict=True) if ours):
+            if not any(model is known for known in self._models):
                 self._models.append(model)
-            model._is_accelerate_prepared = True
-        result = tuple(arg if arg in models else next(prepared) for arg in args)
+        result = args
+        for first_pass in (True, False):  # schedulers come second: they need the prepared optimizers
+            result = tuple(
+                arg if ours else self._prepare_one(arg, first_pass=first_pass)
+                for arg, ours in zip(result, sharded, strict=True)
+            )
+        for item in result:
+            if isinstance(item, (nn.Module, AcceleratedOptimizer, AcceleratedScheduler, DataLoader)):
+                item._is_accelerate_prepared = True
         return result if len(result) > 1 else result[0]
 
     return prepare
-
-
-def _as_tuple(value):
-    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _patch_save_model(original):
@@ -135,6 +139,32 @@ def _patch_save_model(original):
         return None
 
     return save_model
+
+
+def _patch_gather_for_metrics(original):
+    """accelerate 1.15 (accelerator.py, `gather_for_metrics`) gathers each sample once per TP rank, and then cuts the
+    copies of the last batch in the wrong place. Keep one rank's rows of each TP group. Delete when it gathers over the
+    data-parallel ranks only."""
+
+    @functools.wraps(original)
+    def gather_for_metrics(self, input_data, use_gather_object=False):
+        tp_size = self.parallelism_config.tp_size if self.parallelism_config else 1
+        if tp_size == 1:
+            return original(self, input_data, use_gather_object)
+
+        def gather_once(data):
+            gathered = type(self).gather(self, data)  # rows of rank 0, rank 1, …: tp is the innermost mesh dim
+            return recursively_apply(
+                lambda t: t.unflatten(0, (self.num_processes // tp_size, tp_size, -1))[:, 0].flatten(0, 1), gathered
+            )
+
+        self.gather = gather_once
+        try:
+            return original(self, input_data, use_gather_object)
+        finally:
+            del self.gather
+
+    return gather_for_metrics
 
 
 def _patch_track_tokens(original):
@@ -169,6 +199,7 @@ def _patches() -> list[tuple[object, str, Callable]]:
         (accelerate.state.AcceleratorState, "__init__", _patch_accelerator_state),
         (ParallelismConfig, "dp_shard_enabled", _patch_dp_shard_enabled),
         (Accelerator, "prepare", _patch_prepare),
+        (Accelerator, "gather_for_metrics", _patch_gather_for_metrics),
         (trainer, "save_model", _patch_save_model),
         (trainer, "_track_num_input_tokens", _patch_track_tokens),
         (trainer, "store_flos", _patch_store_flos),

@@ -92,7 +92,7 @@ class TPSPConfig:
             if config.world_size == 1 and world_size > 1:
                 raise ValueError(
                     f"{world_size} ranks were started without a mesh. Launch with one of hf_tpsp's presets "
-                    f"(`accelerate launch --config_file $(hf-tpsp config --dp {world_size // 2 or 1} --tp 2) …`) or "
+                    f"(`hf-tpsp config --dp {world_size // 2 or 1} --tp 2 > mesh.yaml`, `accelerate launch --config_file mesh.yaml …`), or "
                     f"pass the sizes: `enable(TPSPConfig(tp_size=2, dp_shard_size={world_size // 2 or 1}))`."
                 )
             return config

@@ -148,6 +148,15 @@ def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) ->
             shard_placement_fn=placement,
         )
     fully_shard(model, mesh=dp_mesh, reshard_after_forward=False, shard_placement_fn=placement)
+
+    def reshard_after_eval(module, args, output):
+        # Without a backward to follow, nothing else would: the modules would go on showing gathered parameters, and a
+        # checkpoint after an evaluation would not find the optimizer's.
+        if not torch.is_grad_enabled():
+            for part in (model, *layers):
+                part.reshard()
+
+    model.register_forward_hook(reshard_after_eval)
     if config.mixed_precision == "bf16":
         compat.set_mixed_precision(model, torch.bfloat16)
 

@@ -73,6 +73,8 @@ def check_training_arguments(args) -> None:
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
     if args.auto_find_batch_size:
         problems.append("auto_find_batch_size=True would have to unshard the model; set per_device_train_batch_size")
+    if args.eval_use_gather_object:
+        problems.append("eval_use_gather_object=True gathers every sample once per TP rank; leave it out")
     if args.fsdp:
         policy = (args.fsdp_config or {}).get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
         if str(policy).upper().rpartition(".")[2] != "NO_WRAP":
@@ -165,11 +167,11 @@ def use_cpu_if_alone() -> None:
 
 def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
     undo = [_set_environment(config.environment()), compat.install(), _patch(LabelSmoother, "__call__", patch_label_smoother)]
+    handle = Enabled(config, undo)
+    _active.append(handle)  # before the callback is made, which would install the glue if nobody had
     if hook_loading:
         undo.append(loading.install(config))
         undo.append(_add_callback(TPSPCallback(config)))
-    handle = Enabled(config, undo)
-    _active.append(handle)
     return handle
 
 
