@@ -193,6 +193,27 @@ def _patch_store_flos(original):
     return store_flos
 
 
+def _patch_training_arguments(original):
+    """transformers 5.23 (training_args.py, `_validate_args`) refuses bf16 on the CPU unless `use_cpu` is set, although
+    `_setup_devices` takes ACCELERATE_USE_CPU for it. Delete when the check does too."""
+
+    @functools.wraps(original)
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        original(self)
+
+    return __post_init__
+
+
+def keep_name(model: nn.Module, name: str) -> None:
+    """Have `model` go by its class's own name after FSDP2 has renamed the class.
+
+    transformers 5.23 (trainer.py, `compute_loss`) looks the name up to decide whether label smoothing shifts the
+    labels, and `FSDPQwen2ForCausalLM` is not in its list. Delete when it strips the prefix there, as `save_pretrained`
+    does."""
+    model._get_name = lambda: name
+
+
 def _patches() -> list[tuple[object, str, Callable]]:
     trainer = transformers.Trainer
     return [
@@ -200,6 +221,7 @@ def _patches() -> list[tuple[object, str, Callable]]:
         (ParallelismConfig, "dp_shard_enabled", _patch_dp_shard_enabled),
         (Accelerator, "prepare", _patch_prepare),
         (Accelerator, "gather_for_metrics", _patch_gather_for_metrics),
+        (transformers.TrainingArguments, "__post_init__", _patch_training_arguments),
         (trainer, "save_model", _patch_save_model),
         (trainer, "_track_num_input_tokens", _patch_track_tokens),
         (trainer, "store_flos", _patch_store_flos),

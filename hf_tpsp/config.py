@@ -112,7 +112,14 @@ class TPSPConfig:
         )
 
     def environment(self) -> dict[str, str]:
-        """The variables by which accelerate learns of this mesh: what a preset would have exported."""
+        """The variables by which accelerate learns of this mesh: what a preset would have exported.
+
+        accelerate deals the batches and saves; it takes no `dp_replicate` beside a `dp_shard` of 1, and to it the two are
+        the same.
+        """
+        replicate, shard = (self.dp_replicate_size, self.dp_shard_size)
+        if shard == 1:
+            replicate, shard = 1, replicate
         return {
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
@@ -124,8 +131,8 @@ class TPSPConfig:
             "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
             "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
             "PARALLELISM_CONFIG_TP_SIZE": str(self.tp_size),
-            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(self.dp_shard_size),
-            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(self.dp_replicate_size),
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(shard),
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(replicate),
             "ACCELERATE_MIXED_PRECISION": self.mixed_precision,
         }
 

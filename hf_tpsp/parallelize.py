@@ -87,7 +87,9 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     _apply_plan(model, plan, gradients, config)
     model.tie_weights()
     _check_sharded(model)
+    name = type(model).__name__
     _apply_fsdp(model, mesh, config)
+    compat.keep_name(model, name)
     compat.index_sharded_parameters(model)
 
     # Placed on the instance, so a model that is not ours is never touched.
@@ -96,7 +98,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     model.gather_sharded_state_dict_for_save = types.MethodType(_gather_for_save, model)
     model.resize_token_embeddings = _refuse_resize
     if config.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
     from .loss import patch_loss
 

@@ -267,19 +267,17 @@ class Enter(Style):
 
     backward_collective = "all-gather if plain"
 
-    def run(self, module, inner, gradients, args, kwargs):
-        def enter(x):
-            if self.sequence_parallel and type(x) is Tensor and x.dim() == 3 and x.is_floating_point():
-                return DTensor.from_local(x, gradients.mesh, [Replicate()], run_check=False).redistribute(
-                    placements=[SEQUENCE]
-                )
-            return x
+    def install(self, module, gradients):
+        # A hook, not a wrapped forward: transformers checkpoints a layer only if its class's own forward is called.
+        def enter(module, args, kwargs):
+            x = args[0] if args else kwargs.get("hidden_states")
+            if not self.sequence_parallel or not isinstance(x, Tensor) or isinstance(x, DTensor):
+                return None
+            full = DTensor.from_local(x, gradients.mesh, [Replicate()], run_check=False)
+            shard = full.redistribute(placements=[SEQUENCE])
+            return ((shard, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": shard})
 
-        if args:
-            args = (enter(args[0]), *args[1:])
-        elif "hidden_states" in kwargs:
-            kwargs = {**kwargs, "hidden_states": enter(kwargs["hidden_states"])}
-        return inner(*args, **kwargs)
+        module.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 class Norm(Style):

@@ -87,19 +87,18 @@ def check_accelerator(config: TPSPConfig) -> None:
     """Raise `ValueError` unless the Trainer's accelerator deals batches and saves state for the mesh of the model."""
     state = AcceleratorState()
     pc = state.parallelism_config
-    sizes = None if pc is None else (pc.dp_replicate_size, pc.dp_shard_size, pc.tp_size)
-    expected = (config.dp_replicate_size, config.dp_shard_size, config.tp_size)
-    if not state.is_fsdp2 or sizes != expected:
+    sizes = None if pc is None else (pc.data_parallel_size, pc.tp_size)
+    if not state.is_fsdp2 or sizes != (config.dp_size, config.tp_size):
         raise ValueError(
-            f"The model is on the mesh (dp_replicate, dp_shard, tp) = {expected}, but accelerate runs "
-            f"{state.distributed_type.value} with {sizes}. Launch with a preset of these sizes (`hf-tpsp config`), or "
-            "call hf_tpsp.enable(config) before the TrainingArguments are made."
+            f"The model is on a mesh of (data parallel, tensor parallel) = {(config.dp_size, config.tp_size)}, but "
+            f"accelerate runs {state.distributed_type.value} with {sizes}. Launch with a preset of these sizes "
+            "(`hf-tpsp config`), or call hf_tpsp.enable(config) before the TrainingArguments are made."
         )
     policy = state.fsdp_plugin.auto_wrap_policy
-    if policy is not None and getattr(policy, "__name__", getattr(policy, "func", policy)) is not None:
+    if policy is not None:
         raise ValueError(
-            f"accelerate's FSDP wrap policy is {policy}, which would wrap a model that is already sharded. Set "
-            "`fsdp_auto_wrap_policy: NO_WRAP` in the accelerate config."
+            f"accelerate's FSDP wrap policy is {getattr(policy, '__name__', policy)}, which would wrap a model that is "
+            "already sharded. Set `fsdp_auto_wrap_policy: NO_WRAP` in the accelerate config."
         )
     state.fsdp_plugin.activation_checkpointing = False  # TPSPConfig.activation_checkpointing has done it
 

@@ -31,6 +31,9 @@ ARCHITECTURES: dict[str, dict] = {
 
 def config(model_type: str, *, tied: bool = False, **overrides) -> transformers.PreTrainedConfig:
     settings = {**COMMON, **ARCHITECTURES[model_type], "tie_word_embeddings": tied, **overrides}
+    for name in ("layer_types", "no_rope_layers"):  # patterns of two layers, repeated to any depth
+        if name in settings:
+            settings[name] = [settings[name][i % 2] for i in range(settings["num_hidden_layers"])]
     return transformers.AutoConfig.for_model(model_type, **settings)
 
 
