@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 
@@ -65,6 +66,21 @@ def set_mixed_precision(model: nn.Module, param_dtype: torch.dtype | None) -> No
             state._mp_policy = policy
             for group in state._fsdp_param_groups:
                 group.mp_policy = policy
+
+
+class _NotSequential(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "sequential" not in record.getMessage()
+
+
+def quiet_redistribute() -> None:
+    """torch 2.13 (tensor/_redistribute.py) warns on every rank that gathering a parameter which TP and FSDP shard on one
+    dimension takes two collectives. That is FSDP2's own layout, and it is gathered at saves only. Delete when FSDP2's
+    layout does not set the warning off."""
+    logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_QUIET)
+
+
+_QUIET = _NotSequential()
 
 
 # ---- patches -----------------------------------------------------------------------------------------------------
@@ -129,11 +145,11 @@ def _patch_save_model(original):
 
     @functools.wraps(original)
     def save_model(self, output_dir=None, _internal_call=False):
-        from .parallelize import is_parallelized
+        from .parallelize import full_state_dict, is_parallelized
 
         if _internal_call or not is_parallelized(self.model):
             return original(self, output_dir, _internal_call)
-        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        self._save(output_dir, state_dict=full_state_dict(self.model))
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None

@@ -52,29 +52,29 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, local_logits: Tensor, labels: Tensor, mesh: DeviceMesh, vocab_size: int, ignore_index: int, smoothing: float
     ):
-        tokens = labels.numel()
-        shape = torch.Size((tokens, vocab_size))
+        shape = torch.Size((labels.numel(), vocab_size))
+        local_logits, dtype = local_logits.detach().float(), local_logits.dtype
         needs_grad = ctx.needs_input_grad[0]
         with torch.set_grad_enabled(needs_grad), _loss_parallel():
             logits = DTensor.from_local(
-                local_logits.detach(), mesh, [Shard(1)], run_check=False, shape=shape, stride=(vocab_size, 1)
+                local_logits, mesh, [Shard(1)], run_check=False, shape=shape, stride=(vocab_size, 1)
             ).requires_grad_(needs_grad)
-            loss = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=ignore_index)
+            loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)
             grad = torch.autograd.grad(loss, logits, torch.ones_like(loss))[0].to_local() if needs_grad else None
         loss = loss.detach().to_local()
         if smoothing:
-            loss, grad = _smooth(loss, grad, local_logits.detach(), labels, mesh, vocab_size, ignore_index, smoothing)
-        ctx.save_for_backward(grad)
+            loss, grad = _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, smoothing)
+        ctx.save_for_backward(grad.to(dtype) if needs_grad else None)
         return loss.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         (grad,) = ctx.saved_tensors
-        return grad * upstream.unsqueeze(-1).to(grad.dtype), None, None, None, None, None
+        return (grad * upstream.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
 
 
 def _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, smoothing):
-    """Label smoothing on top of the cross entropy: `(1 - e) * nll - e * mean_v(log p_v)`.
+    """Label smoothing, in fp32, on top of the cross entropy: `(1 - e) * nll - e * mean_v(log p_v)`.
 
     As `nll = lse - x_y` and `-mean_v(log p_v) = lse - mean_v(x_v)`, that is `nll + e * (x_y - mean_v(x_v))`, with
     gradient `e * (onehot_y - 1 / vocab)` beside that of nll. One all-reduce of `[2, tokens]`.
@@ -85,13 +85,12 @@ def _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, sm
     local = labels - start
     owned = (local >= 0) & (local < columns) & valid
     local = local.masked_fill(~owned, 0).unsqueeze(1)
-    logits = local_logits.float() if local_logits.dtype != torch.float64 else local_logits
-    terms = torch.stack([logits.gather(1, local).squeeze(1) * owned, logits.sum(1)])
+    terms = torch.stack([local_logits.gather(1, local).squeeze(1) * owned, local_logits.sum(1)])
     dist.all_reduce(terms, group=mesh.get_group())
     loss = loss + smoothing * (terms[0] - terms[1] / vocab_size) * valid
     if grad is not None:
-        grad = grad - (smoothing / vocab_size) * valid.unsqueeze(1).to(grad.dtype)
-        grad = grad.scatter_add(1, local, (smoothing * owned).unsqueeze(1).to(grad.dtype))
+        grad = grad - (smoothing / vocab_size) * valid.unsqueeze(1)
+        grad = grad.scatter_add(1, local, (smoothing * owned).unsqueeze(1))
     return loss, grad
 
 
@@ -113,8 +112,8 @@ def vocab_parallel_cross_entropy(
         reduction: `"none"` (`[...]`), `"sum"`, or `"mean"` over the labels that are not ignored.
 
     Returns:
-        A plain tensor in fp32 (fp64 for fp64 logits), the same on every TP rank. Its gradient is exact for any upstream
-        gradient, and backward needs no context.
+        A plain fp32 tensor, the same on every TP rank (the loss is taken in fp32, as in transformers). Its gradient is
+        exact for any upstream gradient, and backward needs no context.
 
     Raises:
         ValueError: logits that are not vocabulary-sharded, labels of another shape, an unknown reduction.

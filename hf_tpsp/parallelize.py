@@ -77,6 +77,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     """
     if is_parallelized(model):
         raise ValueError("This model is already parallelized.")
+    compat.quiet_redistribute()
     mesh = build_mesh(config)
     plan = plan_for(model, config)
     on_meta = any(p.is_meta for p in model.parameters())
@@ -163,23 +164,28 @@ def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) ->
         compat.set_mixed_precision(model, torch.bfloat16)
 
 
-def full_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The whole tensors of a sharded state dict, on the CPU of rank 0; empty elsewhere. Every rank must call it.
+def full_state_dict(model: PreTrainedModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """The whole tensors of a sharded model, on the CPU of rank 0; empty elsewhere. Every rank must call it.
 
     One parameter is gathered at a time, so no rank but the first ever holds more than one of them.
     """
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     full = {}
     for name, tensor in state_dict.items():
+        if tied.get(name) in state_dict:
+            continue
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if dist.get_rank() == 0:
             full[name] = value.detach().cpu()
-    return full
+    # Tied weights stay one tensor, which is how save_pretrained knows to write them once.
+    return {name: full[tied.get(name, name)] for name in state_dict if tied.get(name, name) in full}
 
 
 def _gather_for_save(self, model_to_save, state_dict, distributed_config=None, *, save_on_this_rank=True):
     """`save_pretrained` of a sharded model: gather, unless the caller (the Trainer) has done so."""
     if any(isinstance(tensor, DTensor) for tensor in state_dict.values()):
-        return full_state_dict(state_dict)
+        return full_state_dict(self, state_dict)
     return state_dict
 
 

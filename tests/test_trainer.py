@@ -1,0 +1,225 @@
+"""The stock Trainer on the mesh against the stock Trainer in one process with the same global batch."""
+
+import os
+
+import models
+import parity
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import hf_tpsp
+from hf_tpsp import TPSPCallback, TPSPConfig
+
+MESH_2x2 = TPSPConfig(tp_size=2, dp_shard_size=2)
+LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "num_input_tokens_seen", "epoch", "total_flos", "train_loss")
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of 17 tokens whose number of targets differs from row to row."""
+
+    def __init__(self, rows: int, seed: int):
+        self.ids = torch.randint(3, 132, (rows, 17), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, row):
+        labels = self.ids[row].clone()
+        labels[: row % 7] = -100
+        return {"input_ids": self.ids[row], "labels": labels, "attention_mask": torch.ones_like(labels)}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def train(model, out: str, dp_size: int, *, resume=None, stop=None, callbacks=(), steps=6, **options) -> list[dict]:
+    """An ordinary script: arguments, model, Trainer, train, save. Returns the logged values."""
+    arguments = TrainingArguments(
+        output_dir=out, max_steps=steps, per_device_train_batch_size=4 // dp_size, per_device_eval_batch_size=4 // dp_size,
+        gradient_accumulation_steps=2, max_grad_norm=0.5, learning_rate=1e-2, warmup_steps=3, seed=0,
+        eval_strategy="steps", eval_steps=steps // 2, save_strategy="steps", save_steps=steps // 2, logging_steps=1,
+        include_num_input_tokens_seen="all", report_to=[], disable_tqdm=True, use_cpu=True, **options,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) if isinstance(model, str) else model
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Rows(64, 1), eval_dataset=Rows(24, 3),
+        callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(f"{out}/final")
+    return [{"before": before}, *trainer.state.log_history]
+
+
+def train_on_mesh(config: TPSPConfig, model: str, out: str, **options) -> list[dict]:
+    with hf_tpsp.enable(config):
+        return train(model, out, config.dp_size, **options)
+
+
+def differences(found: list[dict], expected: list[dict], first: int = 0) -> dict[str, float]:
+    """Largest relative difference of each logged value, from step `first` on. The same values must be logged."""
+    worst = {}
+    for name in ("before", *LOGGED):
+        pairs = [
+            [entry[name] for entry in log if name in entry and entry.get("step", first) >= first] for log in (found, expected)
+        ]
+        assert len(pairs[0]) == len(pairs[1]) > 0, f"{name} was logged {len(pairs[0])} times, not {len(pairs[1])}"
+        worst[name] = max(abs(a - b) / (abs(b) or 1) for a, b in zip(*pairs, strict=True))
+    return worst
+
+
+def assert_equal_logs(found, expected, first=0):
+    worst = differences(found, expected, first)
+    limits = {"grad_norm": 1e-4, "loss": 1e-5, "eval_loss": 1e-5, "before": 1e-5, "train_loss": 1e-5}
+    exceeded = {name: value for name, value in worst.items() if value > limits.get(name, 0)}
+    assert not exceeded, exceeded
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folder of a tied Qwen2 whose vocabulary divides over the mesh no better than a real one's."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    models.build("qwen2", tied=True, vocab_size=132).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, tmp_path_factory):
+    """The log of one process."""
+    return train(tiny, str(tmp_path_factory.mktemp("one")), 1)
+
+
+def test_twenty_steps_interrupted_and_resumed(ranks, tiny, tmp_path):
+    """2x2 with accumulation, clipping, evaluation (before training too): equal to one process, and to itself resumed."""
+    expected = train(tiny, str(tmp_path / "one"), 1, steps=20)
+    whole = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "whole"), steps=20)
+    for log in whole:
+        assert_equal_logs(log, expected)
+    ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "cut"), steps=20, stop=10)
+    checkpoint = str(tmp_path / "cut" / "checkpoint-10")
+    resumed = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "cut"), steps=20, resume=checkpoint)
+    resumed[0][0]["before"] = whole[0][0]["before"]  # evaluated before the checkpoint was read
+    worst = differences(resumed[0], whole[0], first=11)
+    worst.pop("train_loss")  # the Trainer averages it over the steps of this run only
+    assert max(worst.values()) == 0
+
+    one, mesh = (AutoModelForCausalLM.from_pretrained(tmp_path / d / "final") for d in ("whole", "cut"))
+    assert one.get_output_embeddings().weight is one.get_input_embeddings().weight
+    for a, b in zip(one.parameters(), mesh.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        loss = mesh(input_ids=Rows(24, 3).ids, labels=Rows(24, 3).ids).loss
+    assert loss < 5.0
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (TPSPConfig(tp_size=4), {}),
+        (TPSPConfig(tp_size=2, dp_replicate_size=2), {}),
+        (MESH_2x2, {"activation_checkpointing": True}),
+        (TPSPConfig(tp_size=2, dp_shard_size=2, activation_checkpointing="full"), {}),
+    ],
+    ids=["pure TP", "HSDP", "Trainer's activation checkpointing", "TPSPConfig's"],
+)
+def test_meshes_and_checkpointing(ranks, tiny, expected, tmp_path, config, options):
+    assert_equal_logs(ranks.run(4, train_on_mesh, config, tiny, str(tmp_path), **options)[0], expected)
+
+
+def test_label_smoothing(ranks, tiny, tmp_path):
+    expected = train(tiny, str(tmp_path / "one"), 1, label_smoothing_factor=0.1)
+    found = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "mesh"), label_smoothing_factor=0.1)
+    assert_equal_logs(found[0], expected)
+
+
+def bf16_on_mesh(model: str, out: str) -> dict:
+    with hf_tpsp.enable(MESH_2x2):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)  # as a checkpoint in bf16 would
+        seen = {}
+
+        class Look(TrainerCallback):
+            def on_optimizer_step(self, args, state, control, model, **kwargs):
+                seen["weights"] = {p.dtype for p in model.parameters()} | {p.to_local().dtype for p in model.parameters()}
+                seen["gradients"] = {p.grad.to_local().dtype for p in model.parameters()}
+
+        loaded.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.update(compute=a[0].dtype))
+        log = train(loaded, out, 2, bf16=True, callbacks=[Look()])
+    return {"log": log, **seen}
+
+
+def test_bf16_has_fp32_masters(ranks, tiny, tmp_path):
+    expected = train(tiny, str(tmp_path / "one"), 1, bf16=True)
+    for found in ranks.run(4, bf16_on_mesh, tiny, str(tmp_path / "mesh")):
+        assert found["weights"] == found["gradients"] == {torch.float32}
+        assert found["compute"] == torch.bfloat16
+        losses = [[e["loss"] for e in log if "loss" in e] for log in (found["log"], expected)]
+        # bf16 keeps 8 bits; the two runs round at different places, and the masters started from rounded weights.
+        assert max(abs(a / b - 1) for a, b in zip(*losses, strict=True)) < 2e-3
+    assert [e["loss"] for e in expected if "loss" in e] != losses[0], "bf16 was not switched on"
+
+
+def with_the_callback(model: str, out: str) -> list[dict]:
+    """No enable(): the model is in memory when the Trainer, launched with a preset, is made."""
+    os.environ.update(MESH_2x2.environment())
+    callback = TPSPCallback()
+    try:
+        loaded = models.build("qwen2", tied=True, vocab_size=132, seed=dist.get_rank())
+        with torch.no_grad():
+            if dist.get_rank() == 0:
+                loaded.load_state_dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict())
+        return train(loaded, out, 2, callbacks=[callback])
+    finally:
+        hf_tpsp.trainer._active[0].disable()
+
+
+def test_callback_alone(ranks, tiny, expected, tmp_path):
+    assert_equal_logs(ranks.run(4, with_the_callback, tiny, str(tmp_path))[0], expected)
+
+
+def refusals(model: str, out: str) -> dict[str, str]:
+    texts = {}
+
+    def note(name, **options):
+        with hf_tpsp.enable(TPSPConfig(tp_size=2)):
+            try:
+                train(model, out, 1, **options)
+            except ValueError as error:
+                texts[name] = str(error)
+
+    note("auto_find_batch_size", auto_find_batch_size=True)
+    note("fsdp", fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
+    with hf_tpsp.enable(TPSPConfig(tp_size=2)):
+        os.environ["PARALLELISM_CONFIG_TP_SIZE"], os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = "1", "2"
+        try:
+            train(model, out, 1)
+        except ValueError as error:
+            texts["another mesh"] = str(error)
+    return texts
+
+
+def test_refusals(ranks, tiny, tmp_path):
+    texts = ranks.run(2, refusals, tiny, str(tmp_path))[0]
+    assert "auto_find_batch_size=True" in texts["auto_find_batch_size"]
+    assert "TRANSFORMER_BASED_WRAP" in texts["fsdp"] and "leave `fsdp` out" in texts["fsdp"]
+    assert "(1, 2)" in texts["another mesh"] and "(2, 1)" in texts["another mesh"]
+
+
+def one_process(model: str, out: str) -> bool:
+    """enable() in a process that was not launched as one of several changes nothing."""
+    with hf_tpsp.enable():
+        log = train(model, out, 1, steps=2)
+    return any("loss" in entry for entry in log) and not parity.dist.is_initialized()
+
+
+def test_enable_in_one_process(tiny, tmp_path):
+    assert not dist.is_initialized()
+    assert one_process(tiny, str(tmp_path))
+    assert transformers.Trainer.save_model.__module__ == "transformers.trainer"
