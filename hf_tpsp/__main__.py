@@ -1,6 +1,6 @@
 """`python -m hf_tpsp SCRIPT ARGS`: run an unmodified training script under hf_tpsp.
 
-    accelerate launch --config_file mesh.yaml -m hf_tpsp train.py --its --arguments
+accelerate launch --config_file mesh.yaml -m hf_tpsp train.py --its --arguments
 """
 
 from __future__ import annotations

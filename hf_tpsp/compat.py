@@ -230,30 +230,31 @@ def keep_name(model: nn.Module, name: str) -> None:
     model._get_name = lambda: name
 
 
-def _patches() -> list[tuple[object, str, Callable]]:
-    trainer = transformers.Trainer
-    return [
+def replace(*patches: tuple[type, str, Callable]) -> Callable[[], None]:
+    """For each `(owner, name, make)`, put `make(original)` in the place of `owner.name`. Returns the function that puts
+    the originals back."""
+    originals = []
+    for owner, name, make in patches:
+        original = vars(owner)[name]
+        setattr(owner, name, make(original))
+        originals.append((owner, name, original))
+
+    def restore() -> None:
+        for owner, name, original in reversed(originals):
+            setattr(owner, name, original)
+
+    return restore
+
+
+def install() -> Callable[[], None]:
+    """Put every patch in place. Returns the function that restores the originals."""
+    return replace(
         (accelerate.state.AcceleratorState, "__init__", _patch_accelerator_state),
         (ParallelismConfig, "dp_shard_enabled", _patch_dp_shard_enabled),
         (Accelerator, "prepare", _patch_prepare),
         (Accelerator, "gather_for_metrics", _patch_gather_for_metrics),
         (transformers.TrainingArguments, "__post_init__", _patch_training_arguments),
-        (trainer, "save_model", _patch_save_model),
-        (trainer, "_track_num_input_tokens", _patch_track_tokens),
-        (trainer, "store_flos", _patch_store_flos),
-    ]
-
-
-def install() -> Callable[[], None]:
-    """Put every patch in place. Returns the function that restores the originals."""
-    undo = []
-    for owner, name, make in _patches():
-        original = vars(owner)[name]
-        setattr(owner, name, make(original))
-        undo.append((owner, name, original))
-
-    def restore() -> None:
-        for owner, name, original in reversed(undo):
-            setattr(owner, name, original)
-
-    return restore
+        (transformers.Trainer, "save_model", _patch_save_model),
+        (transformers.Trainer, "_track_num_input_tokens", _patch_track_tokens),
+        (transformers.Trainer, "store_flos", _patch_store_flos),
+    )

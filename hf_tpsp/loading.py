@@ -7,18 +7,28 @@ whole model.
 
 from __future__ import annotations
 
-import functools
+import os
 from collections.abc import Callable
 
-from torch.distributed.fsdp import FSDPModule
+from accelerate import PartialState
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.mixin import DistributedMixin
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging
 
+from . import compat
 from .config import TPSPConfig
-from .parallelize import build_mesh, is_parallelized, parallelize
+from .parallelize import build_mesh, parallelize
 
 logger = logging.get_logger(__name__)
+
+# Arguments of from_pretrained that place or convert the model in another way.
+PLACEMENT = ("device_map", "tp_plan", "tp_size", "distributed_config", "quantization_config")
+
+
+class _Ours(DistributedConfig):
+    """Marks the loads that the hook started."""
 
 
 class _Meshes:
@@ -36,76 +46,61 @@ def is_causal_lm(cls: type) -> bool:
 
 
 def install(config: TPSPConfig) -> Callable[[], None]:
-    """Hook `from_pretrained`. Returns the function that takes the hook out."""
-    originals = {
-        name: vars(owner)[name]
-        for owner, name in (
-            (PreTrainedModel, "from_pretrained"),
-            (_owner("prepare_distribute_model"), "prepare_distribute_model"),
-            (_owner("maybe_distribute_model"), "maybe_distribute_model"),
-        )
-    }
-    load, prepare, distribute = (original.__func__ for original in originals.values())
+    """Hook `from_pretrained` of every causal LM class, and of the auto classes. Returns the function that undoes it."""
 
-    @functools.wraps(load)
-    def from_pretrained(cls, *args, **kwargs):
-        if not is_causal_lm(cls):
-            logger.warning_once(f"hf_tpsp: {cls.__name__} is not a causal LM and is loaded whole on every rank.")
-            return load(cls, *args, **kwargs)
-        for name in ("device_map", "tp_plan", "tp_size", "distributed_config", "quantization_config"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"from_pretrained({name}=…) places the model in another way than hf_tpsp does. Leave {name} out, or "
-                    "load this model before hf_tpsp.enable()."
-                )
-        model = load(cls, *args, **kwargs, distributed_config=_Ours(tp_size=config.tp_size, fsdp_size=config.dp_size))
-        loaded = model[0] if isinstance(model, tuple) else model
-        finish_loading(loaded)
-        return model
+    def hook_auto(original):
+        def from_pretrained(cls, name_or_path, *args, **kwargs):
+            try:
+                return original.__func__(cls, name_or_path, *args, **kwargs)
+            except OSError as error:
+                if os.path.isdir(name_or_path):
+                    raise
+                raise OSError(
+                    f"{str(name_or_path)!r} is neither a checkpoint folder (looked in {os.getcwd()}) nor a model that the "
+                    "hub or its local cache has."
+                ) from error
 
-    @functools.wraps(prepare)
-    def prepare_distribute_model(cls, distributed_config, device_map=None):
-        if not isinstance(distributed_config, _Ours):
-            return prepare(cls, distributed_config, device_map)
-        mesh = build_mesh(config)
-        device_map = "cpu" if mesh.device_type == "cpu" else _current_device(mesh.device_type)
-        return distributed_config, device_map, _Meshes(mesh)
+        return classmethod(from_pretrained)
 
-    @functools.wraps(distribute)
-    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
-        if not isinstance(distributed_config, _Ours):
-            return distribute(cls, model, distributed_config, mesh_manager)
-        # accelerate, not transformers, trains, saves and resumes this model; nothing else may see the config.
-        del model.config.distributed_config
-        return parallelize(model, config)
+    def hook_load(original):
+        def from_pretrained(cls, *args, **kwargs):
+            if not is_causal_lm(cls):
+                logger.warning_once(f"hf_tpsp: {cls.__name__} is not a causal LM and is loaded whole on every rank.")
+                return original.__func__(cls, *args, **kwargs)
+            for name in PLACEMENT:
+                if kwargs.get(name) is not None:
+                    raise ValueError(
+                        f"from_pretrained({name}=…) places the model in another way than hf_tpsp does. Leave {name} "
+                        "out, or load this model before hf_tpsp.enable()."
+                    )
+            loaded = original.__func__(cls, *args, **kwargs, distributed_config=_Ours())
+            # The loader has replaced the parameters: tied ones must be one object again, for FSDP and the optimizer.
+            (loaded[0] if isinstance(loaded, tuple) else loaded).tie_weights()
+            return loaded
 
-    hooks = (from_pretrained, prepare_distribute_model, maybe_distribute_model)
-    owners = (PreTrainedModel, _owner("prepare_distribute_model"), _owner("maybe_distribute_model"))
-    for owner, hook in zip(owners, hooks, strict=True):
-        setattr(owner, hook.__name__, classmethod(hook))
+        return classmethod(from_pretrained)
 
-    def restore() -> None:
-        for owner, (name, original) in zip(owners, originals.items(), strict=True):
-            setattr(owner, name, original)
+    def hook_prepare(original):
+        def prepare_distribute_model(cls, distributed_config, device_map=None):
+            if not isinstance(distributed_config, _Ours):
+                return original.__func__(cls, distributed_config, device_map)
+            return distributed_config, PartialState().device, _Meshes(build_mesh(config))
 
-    return restore
+        return classmethod(prepare_distribute_model)
 
+    def hook_distribute(original):
+        def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+            if not isinstance(distributed_config, _Ours):
+                return original.__func__(cls, model, distributed_config, mesh_manager)
+            # accelerate, not transformers, trains, saves and resumes this model; nothing else may see the config.
+            del model.config.distributed_config
+            return parallelize(model, config)
 
-class _Ours(DistributedConfig):
-    """Marks the loads that the hook started."""
+        return classmethod(maybe_distribute_model)
 
-
-def _owner(name: str) -> type:
-    return next(cls for cls in PreTrainedModel.__mro__ if name in vars(cls))
-
-
-def _current_device(device_type: str):
-    from accelerate import PartialState
-
-    return PartialState().device
-
-
-def finish_loading(model: PreTrainedModel) -> None:
-    """After the loader has replaced the parameters: tie again, so that tied stays one parameter for FSDP too."""
-    assert is_parallelized(model) and isinstance(model, FSDPModule)
-    model.tie_weights()
+    return compat.replace(
+        (_BaseAutoModelClass, "from_pretrained", hook_auto),
+        (PreTrainedModel, "from_pretrained", hook_load),
+        (DistributedMixin, "prepare_distribute_model", hook_prepare),
+        (DistributedMixin, "maybe_distribute_model", hook_distribute),
+    )

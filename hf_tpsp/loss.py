@@ -50,7 +50,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, local_logits: Tensor, labels: Tensor, mesh: DeviceMesh, vocab_size: int, ignore_index: int, smoothing: float
+        ctx,
+        local_logits: Tensor,
+        labels: Tensor,
+        mesh: DeviceMesh,
+        vocab_size: int,
+        ignore_index: int,
+        smoothing: float,
     ):
         shape = torch.Size((labels.numel(), vocab_size))
         local_logits, dtype = local_logits.detach().float(), local_logits.dtype
@@ -118,7 +124,11 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: logits that are not vocabulary-sharded, labels of another shape, an unknown reduction.
     """
-    if not isinstance(logits, DTensor) or len(logits.placements) != 1 or not logits.placements[0].is_shard(logits.ndim - 1):
+    if (
+        not isinstance(logits, DTensor)
+        or len(logits.placements) != 1
+        or not logits.placements[0].is_shard(logits.ndim - 1)
+    ):
         found = logits.placements if isinstance(logits, DTensor) else "a plain tensor"
         raise ValueError(f"logits must be a DTensor sharded on its last dimension over one mesh dim, got {found}.")
     if labels.shape != logits.shape[:-1]:

@@ -292,9 +292,7 @@ class Norm(Style):
             return super().run(module, inner, gradients, args, kwargs)
         with self.local_parameters(module, gradients):
             out = inner(x.to_local(grad_placements=x.placements), *rest, **kwargs)
-        return DTensor.from_local(
-            out, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-        )
+        return DTensor.from_local(out, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
 class Replica(Style):

@@ -165,19 +165,20 @@ def use_cpu_if_alone() -> None:
 
 
 def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
-    undo = [_set_environment(config.environment()), compat.install(), _patch(LabelSmoother, "__call__", patch_label_smoother)]
+    undo = [
+        _set_environment(config.environment()),
+        compat.install(),
+        compat.replace((LabelSmoother, "__call__", patch_label_smoother)),
+    ]
+    if int(os.environ.get("RANK", "0")) > 0 and logging.is_progress_bar_enabled():
+        logging.disable_progress_bar()  # one bar while loading, not one of each rank
+        undo.append(logging.enable_progress_bar)
     handle = Enabled(config, undo)
     _active.append(handle)  # before the callback is made, which would install the glue if nobody had
     if hook_loading:
         undo.append(loading.install(config))
         undo.append(_add_callback(TPSPCallback(config)))
     return handle
-
-
-def _patch(owner: type, name: str, make: Callable) -> Callable[[], None]:
-    original = vars(owner)[name]
-    setattr(owner, name, make(original))
-    return lambda: setattr(owner, name, original)
 
 
 def _set_environment(values: dict[str, str]) -> Callable[[], None]:

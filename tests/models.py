@@ -5,27 +5,26 @@ from __future__ import annotations
 import torch
 import transformers
 
-COMMON = dict(
-    vocab_size=131, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
-    num_key_value_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    initializer_range=0.1, attn_implementation="eager",
-)  # fmt: skip
-GEMMA = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=8)
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+COMMON = {
+    "vocab_size": 131, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "initializer_range": 0.1, "attn_implementation": "eager",
+}  # fmt: skip
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
 
 # Model type → what its config has beyond COMMON. Each keeps what is peculiar to the architecture.
 ARCHITECTURES: dict[str, dict] = {
-    "llama": dict(attention_bias=True, mlp_bias=True),  # biases of row-parallel layers too
+    "llama": {"attention_bias": True, "mlp_bias": True},  # biases of row-parallel layers too
     "qwen2": {},
-    "qwen3": dict(head_dim=8),
-    "mistral": dict(sliding_window=8),
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 8},
     "gemma2": dict(**GEMMA, layer_types=["sliding_attention", "full_attention"]),
     "gemma3_text": dict(**GEMMA, layer_types=["sliding_attention", "full_attention"]),
     "phi3": {},
-    "smollm3": dict(no_rope_layers=[1, 0]),
-    "granite": dict(
-        embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3, logits_scaling=2.0
-    ),
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0
+    },
 }  # fmt: skip
 
 
@@ -37,7 +36,9 @@ def config(model_type: str, *, tied: bool = False, **overrides) -> transformers.
     return transformers.AutoConfig.for_model(model_type, **settings)
 
 
-def build(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings) -> transformers.PreTrainedModel:
+def build(
+    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings
+) -> transformers.PreTrainedModel:
     """A random model whose norms and biases are not at their neutral start, so that a wrong gradient cannot hide."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config(model_type, **settings))
@@ -48,7 +49,9 @@ def build(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     return model.to(dtype)
 
 
-def batch(rows: int = 4, length: int = 17, vocab: int = 131, seed: int = 1, padding: str | None = None, packed: bool = False):
+def batch(
+    rows: int = 4, length: int = 17, vocab: int = 131, seed: int = 1, padding: str | None = None, packed: bool = False
+):
     """`input_ids`, `labels` (some ignored) and, where asked for, padding or restarting `position_ids`."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocab, (rows, length), generator=generator)

@@ -87,7 +87,13 @@ def stream_layouts() -> dict[str, tuple]:
 
         return hook
 
-    for name in ("model.embed_tokens", "model.layers.0", "model.layers.0.self_attn.q_proj", "model.layers.1", "model.norm"):
+    for name in (
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1",
+        "model.norm",
+    ):
         model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
     output = model(**models.batch(2, 17))
     seen["logits"] = (output.logits.placements, tuple(output.logits.shape), output.logits.to_local().shape[2])

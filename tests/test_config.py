@@ -77,7 +77,9 @@ def launched(path: str, *arguments: str) -> dict[str, str]:
 def test_presets(environment, name):
     config, hosts, cpu = SHIPPED[name]
     path = FOLDER / f"{name}.yaml"
-    assert yaml.safe_load(path.read_text()) == accelerate_config(config, hosts, cpu), "write it again with `hf-tpsp config`"
+    assert yaml.safe_load(path.read_text()) == accelerate_config(config, hosts, cpu), (
+        "write it again with `hf-tpsp config`"
+    )
     machine = [] if hosts == 1 else ["--main_process_ip", "127.0.0.1", "--machine_rank", "1"]
     environment(launched(str(path), *machine))
     assert TPSPConfig.from_accelerate() == config

@@ -14,6 +14,7 @@ import transformers
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_tpsp
@@ -34,6 +35,11 @@ def anonymous_memory() -> int:
     """Bytes of this process that are not backed by a file (a mapped checkpoint is not held by it)."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+def load(*args, **kwargs):
+    """Looks the method up at each call: the hook may have come since."""
+    return transformers.AutoModelForCausalLM.from_pretrained(*args, **kwargs)
 
 
 class PeakMemory:
@@ -59,7 +65,7 @@ class PeakMemory:
 
 def peaks_while_loading() -> dict[str, float]:
     """Rise of host memory during from_pretrained, as a share of the model's size: sharded 4 ways, and whole."""
-    sizes = dict(hidden_size=512, intermediate_size=2048, vocab_size=32000, num_hidden_layers=6)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 32000, "num_hidden_layers": 6}
     if dist.get_rank() == 0:
         model = models.build("qwen2", **sizes)
         folders = [save_on_rank_0(model)]
@@ -69,7 +75,6 @@ def peaks_while_loading() -> dict[str, float]:
         folders, size = [parity.shared_folder()], [0]
         dist.barrier()
     dist.broadcast_object_list(size)
-    load = transformers.AutoModelForCausalLM.from_pretrained
     with hf_tpsp.enable(MESH_2x2):
         tiny = save_on_rank_0(models.build("qwen2"))
         load(tiny, dtype=torch.float32)  # what is made once: groups, imports
@@ -126,6 +131,7 @@ def test_round_trip(ranks, model_type, tied):
 
 
 PATCHED = [
+    (_BaseAutoModelClass, "from_pretrained"),
     (transformers.PreTrainedModel, "from_pretrained"),
     (transformers.Trainer, "save_model"),
     (transformers.Trainer, "_track_num_input_tokens"),
@@ -172,7 +178,6 @@ def test_enable_undoes_itself(ranks):
 
 def refusals() -> dict[str, str]:
     folder = save_on_rank_0(models.build("qwen2", num_attention_heads=6, num_key_value_heads=3, head_dim=8))
-    load = transformers.AutoModelForCausalLM.from_pretrained
     texts = {}
 
     def note(name, call):
@@ -203,7 +208,7 @@ def test_refusals(ranks):
         assert "needs 4 ranks, but 2 were started" in texts["world"]
         assert texts["world in memory"] == texts["world"]
         assert "num_key_value_heads=3" in texts["heads"] and "[1, 3]" in texts["heads"]
-        assert texts["missing"].startswith("OSError") and "nowhere" in texts["missing"]
+        assert texts["missing"].startswith("OSError") and "nowhere' is neither a checkpoint folder" in texts["missing"]
         assert "from_pretrained(device_map=…)" in texts["device_map"]
         assert "already parallelized" in texts["twice"]
         assert "resize_token_embeddings" in texts["resize"]

@@ -14,7 +14,16 @@ import hf_tpsp
 from hf_tpsp import TPSPCallback, TPSPConfig
 
 MESH_2x2 = TPSPConfig(tp_size=2, dp_shard_size=2)
-LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "num_input_tokens_seen", "epoch", "total_flos", "train_loss")
+LOGGED = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "eval_loss",
+    "num_input_tokens_seen",
+    "epoch",
+    "total_flos",
+    "train_loss",
+)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -69,7 +78,8 @@ def differences(found: list[dict], expected: list[dict], first: int = 0) -> dict
     worst = {}
     for name in ("before", *LOGGED):
         pairs = [
-            [entry[name] for entry in log if name in entry and entry.get("step", first) >= first] for log in (found, expected)
+            [entry[name] for entry in log if name in entry and entry.get("step", first) >= first]
+            for log in (found, expected)
         ]
         assert len(pairs[0]) == len(pairs[1]) > 0, f"{name} was logged {len(pairs[0])} times, not {len(pairs[1])}"
         worst[name] = max(abs(a - b) / (abs(b) or 1) for a, b in zip(*pairs, strict=True))
@@ -115,9 +125,9 @@ def test_twenty_steps_interrupted_and_resumed(ranks, tiny, tmp_path):
     assert one.get_output_embeddings().weight is one.get_input_embeddings().weight
     for a, b in zip(one.parameters(), mesh.parameters(), strict=True):
         assert torch.equal(a, b)
-    with torch.no_grad():
-        loss = mesh(input_ids=Rows(24, 3).ids, labels=Rows(24, 3).ids).loss
-    assert loss < 5.0
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "final")
+    for a, b in zip(one.parameters(), alone.parameters(), strict=True):
+        assert parity.relative(a, b) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -147,7 +157,9 @@ def bf16_on_mesh(model: str, out: str) -> dict:
 
         class Look(TrainerCallback):
             def on_optimizer_step(self, args, state, control, model, **kwargs):
-                seen["weights"] = {p.dtype for p in model.parameters()} | {p.to_local().dtype for p in model.parameters()}
+                seen["weights"] = {p.dtype for p in model.parameters()} | {
+                    p.to_local().dtype for p in model.parameters()
+                }
                 seen["gradients"] = {p.grad.to_local().dtype for p in model.parameters()}
 
         loaded.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.update(compute=a[0].dtype))
