@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable
 
 from accelerate import PartialState
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.mixin import DistributedMixin
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging
 
 from . import compat
@@ -46,7 +45,7 @@ def is_causal_lm(cls: type) -> bool:
 
 
 def install(config: TPSPConfig) -> Callable[[], None]:
-    """Hook `from_pretrained` of every causal LM class, and of the auto classes. Returns the function that undoes it."""
+    """Hook `from_pretrained` of every causal LM class, and of the auto class. Returns the function that undoes it."""
 
     def hook_auto(original):
         def from_pretrained(cls, name_or_path, *args, **kwargs):
@@ -99,7 +98,7 @@ def install(config: TPSPConfig) -> Callable[[], None]:
         return classmethod(maybe_distribute_model)
 
     return compat.replace(
-        (_BaseAutoModelClass, "from_pretrained", hook_auto),
+        (AutoModelForCausalLM, "from_pretrained", hook_auto),
         (PreTrainedModel, "from_pretrained", hook_load),
         (DistributedMixin, "prepare_distribute_model", hook_prepare),
         (DistributedMixin, "maybe_distribute_model", hook_distribute),

@@ -14,7 +14,6 @@ import transformers
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_tpsp
@@ -131,7 +130,7 @@ def test_round_trip(ranks, model_type, tied):
 
 
 PATCHED = [
-    (_BaseAutoModelClass, "from_pretrained"),
+    (transformers.AutoModelForCausalLM, "from_pretrained"),
     (transformers.PreTrainedModel, "from_pretrained"),
     (transformers.Trainer, "save_model"),
     (transformers.Trainer, "_track_num_input_tokens"),
