@@ -59,7 +59,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         smoothing: float,
     ):
         shape = torch.Size((labels.numel(), vocab_size))
-        local_logits, dtype = local_logits.detach().float(), local_logits.dtype
+        dtype = local_logits.dtype
+        local_logits = local_logits.detach().to(torch.promote_types(dtype, torch.float32))
         needs_grad = ctx.needs_input_grad[0]
         with torch.set_grad_enabled(needs_grad), _loss_parallel():
             logits = DTensor.from_local(
@@ -80,7 +81,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, smoothing):
-    """Label smoothing, in fp32, on top of the cross entropy: `(1 - e) * nll - e * mean_v(log p_v)`.
+    """Label smoothing on top of the cross entropy: `(1 - e) * nll - e * mean_v(log p_v)`.
 
     As `nll = lse - x_y` and `-mean_v(log p_v) = lse - mean_v(x_v)`, that is `nll + e * (x_y - mean_v(x_v))`, with
     gradient `e * (onehot_y - 1 / vocab)` beside that of nll. One all-reduce of `[2, tokens]`.
@@ -118,8 +119,8 @@ def vocab_parallel_cross_entropy(
         reduction: `"none"` (`[...]`), `"sum"`, or `"mean"` over the labels that are not ignored.
 
     Returns:
-        A plain fp32 tensor, the same on every TP rank (the loss is taken in fp32, as in transformers). Its gradient is
-        exact for any upstream gradient, and backward needs no context.
+        A plain tensor in fp32 (fp64 for fp64 logits), the same on every TP rank. Its gradient is exact for any upstream
+        gradient, and backward needs no context.
 
     Raises:
         ValueError: logits that are not vocabulary-sharded, labels of another shape, an unknown reduction.

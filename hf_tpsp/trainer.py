@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -9,7 +10,9 @@ import torch
 import transformers.trainer
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainerCallback
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
@@ -50,6 +53,7 @@ class TPSPCallback(TrainerCallback):
         inner = parallelized_model(model)
         done: Parallelized = inner._tpsp
         check_accelerator(done.config)
+        check_parameters(model)
         if args.bf16:
             # accelerate would cast only the outer dtype of a DTensor: fp32 masters are made here.
             if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
@@ -69,6 +73,11 @@ class TPSPCallback(TrainerCallback):
 def check_training_arguments(args) -> None:
     """Refuse the `TrainingArguments` that would train something else than one process does. Raises `ValueError`."""
     problems = []
+    if type(args).__module__.partition(".")[0] == "trl":
+        problems.append(
+            f"{type(args).__name__}: TRL's trainers compute the loss from the whole head, past the sharded one; use "
+            "transformers' Trainer"
+        )
     if args.fp16:
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
     if args.auto_find_batch_size:
@@ -81,6 +90,18 @@ def check_training_arguments(args) -> None:
             problems.append(f"fsdp_config auto_wrap_policy {policy!r} wraps a model that is sharded; leave `fsdp` out")
     if problems:
         raise ValueError("These TrainingArguments do not work with hf_tpsp: " + "; ".join(problems) + ".")
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise `ValueError` naming the parameters that came after the sharding, such as peft's: nobody would reduce their
+    gradients."""
+    plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if plain:
+        named = ", ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
+        raise ValueError(
+            f"These parameters were added to a model that is already sharded, and would train unsharded and unreduced: "
+            f"{named}. Adapters (peft) are not supported yet: train the model itself."
+        )
 
 
 def check_accelerator(config: TPSPConfig) -> None:
@@ -168,7 +189,9 @@ def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
     undo = [
         _set_environment(config.environment()),
         compat.install(),
-        compat.replace((LabelSmoother, "__call__", patch_label_smoother)),
+        compat.replace(
+            (LabelSmoother, "__call__", patch_label_smoother), (Trainer, "prediction_step", _whole_predictions)
+        ),
     ]
     if int(os.environ.get("RANK", "0")) > 0 and logging.is_progress_bar_enabled():
         logging.disable_progress_bar()  # one bar while loading, not one of each rank
@@ -179,6 +202,17 @@ def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
         undo.append(loading.install(config))
         undo.append(_add_callback(TPSPCallback(config)))
     return handle
+
+
+def _whole_predictions(original: Callable) -> Callable:
+    """`Trainer.prediction_step` whose logits, where `compute_metrics` or `predict` asks for them, are whole."""
+
+    @functools.wraps(original)
+    def prediction_step(self, *args, **kwargs):
+        loss, logits, labels = original(self, *args, **kwargs)
+        return loss, tree_map_only(DTensor, DTensor.full_tensor, logits), labels
+
+    return prediction_step
 
 
 def _set_environment(values: dict[str, str]) -> Callable[[], None]:

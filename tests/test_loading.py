@@ -133,6 +133,7 @@ PATCHED = [
     (transformers.AutoModelForCausalLM, "from_pretrained"),
     (transformers.PreTrainedModel, "from_pretrained"),
     (transformers.Trainer, "save_model"),
+    (transformers.Trainer, "prediction_step"),
     (transformers.Trainer, "_track_num_input_tokens"),
     (transformers.Trainer, "store_flos"),
     (transformers.TrainingArguments, "__post_init__"),

@@ -150,6 +150,34 @@ def test_label_smoothing(ranks, tiny, tmp_path):
     assert_equal_logs(found[0], expected)
 
 
+def metrics(model: str, out: str, dp_size: int) -> dict:
+    """What `compute_metrics` is given for 22 rows, which do not fill the last batch."""
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen.update(logits=prediction.predictions, labels=prediction.label_ids)
+        return {"accuracy": float((prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean())}
+
+    arguments = TrainingArguments(output_dir=out, per_device_eval_batch_size=4 // dp_size, report_to=[], disable_tqdm=True,
+                                  use_cpu=True)  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    trainer = Trainer(model=loaded, args=arguments, eval_dataset=Rows(22, 3), compute_metrics=compute_metrics)
+    return {"accuracy": trainer.evaluate()["eval_accuracy"], **seen}
+
+
+def metrics_on_mesh(*args) -> dict:
+    with hf_tpsp.enable(MESH_2x2):
+        return metrics(*args)
+
+
+def test_compute_metrics_sees_each_row_once(ranks, tiny, tmp_path):
+    expected = metrics(tiny, str(tmp_path), 1)
+    found = ranks.run(4, metrics_on_mesh, tiny, str(tmp_path), 2)[0]
+    assert (found["labels"] == expected["labels"]).all() and len(found["labels"]) == 22
+    assert abs(found["logits"] - expected["logits"]).max() < 1e-5
+    assert found["accuracy"] == expected["accuracy"]
+
+
 def bf16_on_mesh(model: str, out: str) -> dict:
     with hf_tpsp.enable(MESH_2x2):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)  # as a checkpoint in bf16 would
@@ -208,6 +236,19 @@ def refusals(model: str, out: str) -> dict[str, str]:
 
     note("auto_find_batch_size", auto_find_batch_size=True)
     note("fsdp", fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
+    SFTConfig = type("SFTConfig", (TrainingArguments,), {"__module__": "trl.trainer.sft_config"})
+
+    with hf_tpsp.enable(TPSPConfig(tp_size=2)):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded.model.layers[0].adapter = torch.nn.Linear(4, 4)
+        for name, trainer in (
+            ("adapter", lambda: Trainer(loaded, TrainingArguments(out, use_cpu=True))),
+            ("trl", lambda: hf_tpsp.trainer.check_training_arguments(SFTConfig(out, use_cpu=True, bf16=False))),
+        ):
+            with pytest.raises(ValueError) as error:
+                trainer()
+            texts[name] = str(error.value)
+
     with hf_tpsp.enable(TPSPConfig(tp_size=2)):
         os.environ["PARALLELISM_CONFIG_TP_SIZE"], os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = "1", "2"
         try:
@@ -221,6 +262,8 @@ def test_refusals(ranks, tiny, tmp_path):
     texts = ranks.run(2, refusals, tiny, str(tmp_path))[0]
     assert "auto_find_batch_size=True" in texts["auto_find_batch_size"]
     assert "TRANSFORMER_BASED_WRAP" in texts["fsdp"] and "leave `fsdp` out" in texts["fsdp"]
+    assert "model.layers.0.adapter.weight, model.layers.0.adapter.bias" in texts["adapter"]
+    assert "SFTConfig: TRL's trainers" in texts["trl"]
     assert "(1, 2)" in texts["another mesh"] and "(2, 1)" in texts["another mesh"]
 
 
