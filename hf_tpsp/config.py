@@ -170,9 +170,10 @@ class TPSPConfig:
             size = getattr(text, name, None)
             # DTensor gives each rank ceil(size / tp) rows, so the last ranks of a tiny dimension can end up with none.
             if isinstance(size, int) and -(-size // self.tp_size) * (self.tp_size - 1) >= size:
+                most = max(n for n in range(1, size + 1) if -(-size // n) * (n - 1) < size and n <= self.tp_size)
                 raise ValueError(
-                    f"{name}={size} of {model_config.model_type} leaves a rank without a row at tp_size={self.tp_size}. "
-                    f"Use a tp_size of at most {max(_divisors(*heads.values())) if heads else 1} that gives each rank one."
+                    f"{name}={size} of {model_config.model_type} leaves a rank without a row at tp_size={self.tp_size}; "
+                    f"tp_size can be at most {most}."
                 )
 
 

@@ -72,10 +72,7 @@ def install(config: TPSPConfig) -> Callable[[], None]:
                         f"from_pretrained({name}=…) places the model in another way than hf_tpsp does. Leave {name} "
                         "out, or load this model before hf_tpsp.enable()."
                     )
-            loaded = original.__func__(cls, *args, **kwargs, distributed_config=_Ours())
-            # The loader has replaced the parameters: tied ones must be one object again, for FSDP and the optimizer.
-            (loaded[0] if isinstance(loaded, tuple) else loaded).tie_weights()
-            return loaded
+            return original.__func__(cls, *args, **kwargs, distributed_config=_Ours())
 
         return classmethod(from_pretrained)
 

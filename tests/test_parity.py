@@ -70,6 +70,11 @@ def test_batches(ranks, model_type, batch):
     check(ranks, model_type, MESH_2x2, **batch)
 
 
+def test_every_token_id_and_the_padding_row(ranks):
+    """Each row of the embedding is looked up, the first of each shard too, and the padding row's gradient stays zero."""
+    check(ranks, "llama", MESH_1x2, settings={"vocab_size": 20}, padding="right")
+
+
 def test_accumulation(ranks):
     """Two backwards that both reduce: norms and biases must not be reduced twice."""
     check(ranks, "llama", MESH_2x2, accumulate=2)
