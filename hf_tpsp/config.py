@@ -36,8 +36,8 @@ class TPSPConfig:
         loss: `"loss_parallel"`, cross entropy on vocabulary shards with torch's `loss_parallel`.
         activation_checkpointing: `"none"` or `"full"` (each decoder layer keeps its input only, and runs again in
             backward). The Trainer's `gradient_checkpointing=True` does the same.
-        mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction. Under the
-            Trainer, `TrainingArguments(bf16=…)` decides.
+        mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction.
+            `TrainingArguments(bf16=True)` does the same.
         reshard_after_forward: Free a layer's gathered weights after forward and gather them again in backward (ZeRO-3);
             `False` keeps them (ZeRO-2). The last layer is always kept: backward needs it first.
     """

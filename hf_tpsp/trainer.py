@@ -54,14 +54,12 @@ class TPSPCallback(TrainerCallback):
         done: Parallelized = inner._tpsp
         check_accelerator(done.config)
         check_parameters(model)
-        if args.bf16:
+        bf16 = AcceleratorState().mixed_precision == "bf16"  # TrainingArguments(bf16=True), else what the preset says
+        if bf16 and any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
             # accelerate would cast only the outer dtype of a DTensor: fp32 masters are made here.
-            if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
-                logger.info("hf_tpsp: bf16=True trains fp32 master weights; the model is cast to fp32.")
-                model.float()
-            compat.set_mixed_precision(inner, torch.bfloat16)
-        elif done.config.mixed_precision == "bf16":
-            compat.set_mixed_precision(inner, None)
+            logger.info("hf_tpsp: bf16 training keeps fp32 master weights; the model is cast to fp32.")
+            model.float()
+        compat.set_mixed_precision(inner, torch.bfloat16 if bf16 else None)
         if state.is_world_process_zero:
             c = done.config
             logger.info(
@@ -78,7 +76,7 @@ def check_training_arguments(args) -> None:
             f"{type(args).__name__}: TRL's trainers compute the loss from the whole head, past the sharded one; use "
             "transformers' Trainer"
         )
-    if args.fp16:
+    if args.mixed_precision == "fp16":
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
     if args.auto_find_batch_size:
         problems.append("auto_find_batch_size=True would have to unshard the model; set per_device_train_batch_size")

@@ -178,8 +178,8 @@ def test_compute_metrics_sees_each_row_once(ranks, tiny, tmp_path):
     assert found["accuracy"] == expected["accuracy"]
 
 
-def bf16_on_mesh(model: str, out: str) -> dict:
-    with hf_tpsp.enable(MESH_2x2):
+def bf16_on_mesh(model: str, out: str, mixed_precision: str, **options) -> dict:
+    with hf_tpsp.enable(TPSPConfig(tp_size=2, dp_shard_size=2, mixed_precision=mixed_precision)):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)  # as a checkpoint in bf16 would
         seen = {}
 
@@ -191,13 +191,16 @@ def bf16_on_mesh(model: str, out: str) -> dict:
                 seen["gradients"] = {p.grad.to_local().dtype for p in model.parameters()}
 
         loaded.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.update(compute=a[0].dtype))
-        log = train(loaded, out, 2, bf16=True, callbacks=[Look()])
+        log = train(loaded, out, 2, callbacks=[Look()], **options)
     return {"log": log, **seen}
 
 
-def test_bf16_has_fp32_masters(ranks, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("mixed_precision", "options"), [("no", {"bf16": True}), ("bf16", {})], ids=["the script's", "the preset's"]
+)
+def test_bf16_has_fp32_masters(ranks, tiny, tmp_path, mixed_precision, options):
     expected = train(tiny, str(tmp_path / "one"), 1, bf16=True)
-    for found in ranks.run(4, bf16_on_mesh, tiny, str(tmp_path / "mesh")):
+    for found in ranks.run(4, bf16_on_mesh, tiny, str(tmp_path / "mesh"), mixed_precision, **options):
         assert found["weights"] == found["gradients"] == {torch.float32}
         assert found["compute"] == torch.bfloat16
         losses = [[e["loss"] for e in log if "loss" in e] for log in (found["log"], expected)]
