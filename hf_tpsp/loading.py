@@ -48,14 +48,14 @@ def install(config: TPSPConfig) -> Callable[[], None]:
     """Hook `from_pretrained` of every causal LM class, and of the auto class. Returns the function that undoes it."""
 
     def hook_auto(original):
-        def from_pretrained(cls, name_or_path, *args, **kwargs):
+        def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
             try:
-                return original.__func__(cls, name_or_path, *args, **kwargs)
+                return original.__func__(cls, pretrained_model_name_or_path, *args, **kwargs)
             except OSError as error:
-                if os.path.isdir(name_or_path):
+                if os.path.isdir(pretrained_model_name_or_path):
                     raise
                 raise OSError(
-                    f"{str(name_or_path)!r} is neither a checkpoint folder (looked in {os.getcwd()}) nor a model that the "
+                    f"{str(pretrained_model_name_or_path)!r} is neither a checkpoint folder (looked in {os.getcwd()}) nor a model that the "
                     "hub or its local cache has."
                 ) from error
 
@@ -80,7 +80,8 @@ def install(config: TPSPConfig) -> Callable[[], None]:
         def prepare_distribute_model(cls, distributed_config, device_map=None):
             if not isinstance(distributed_config, _Ours):
                 return original.__func__(cls, distributed_config, device_map)
-            return distributed_config, PartialState().device, _Meshes(build_mesh(config))
+            mesh = build_mesh(config)  # first: it may have to start accelerate's state, and the ranks' process group
+            return distributed_config, PartialState().device, _Meshes(mesh)
 
         return classmethod(prepare_distribute_model)
 

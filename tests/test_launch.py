@@ -19,9 +19,10 @@ SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 folder, out, fail = sys.argv[1:]
+# Before the arguments: the load itself must start the process group.
+model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path=folder, dtype=torch.float32)
 arguments = TrainingArguments(output_dir=out, max_steps=2, per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
                               save_strategy="no", learning_rate=1e-2, lr_scheduler_type="constant", seed=0)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 ids = torch.randint(3, 131, (16, 17), generator=torch.Generator().manual_seed(0))
 class Fails(Trainer):
     def training_step(self, *args, **kwargs):
