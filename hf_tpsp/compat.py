@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator
 
 import accelerate.state
@@ -20,6 +19,8 @@ from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
+
+from .config import environment_flag
 
 # ---- FSDP2 (torch) -----------------------------------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ def _patch_accelerator_state(original):
 
     @functools.wraps(original)
     def __init__(self, *args, cpu=False, **kwargs):
-        cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        cpu = cpu or environment_flag("ACCELERATE_USE_CPU")
         if accelerate.state.PartialState._shared_state == {} and cpu:
             accelerate.state.PartialState(cpu)
         shared = accelerate.state.PartialState._shared_state
@@ -215,7 +216,7 @@ def _patch_training_arguments(original):
 
     @functools.wraps(original)
     def __post_init__(self):
-        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        self.use_cpu = self.use_cpu or environment_flag("ACCELERATE_USE_CPU")
         original(self)
 
     return __post_init__

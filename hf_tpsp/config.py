@@ -14,7 +14,8 @@ ACTIVATION_CHECKPOINTING = ("none", "full")
 MIXED_PRECISION = ("no", "bf16")
 
 
-def _flag(name: str, default: str = "false") -> bool:
+def environment_flag(name: str, default: str = "false") -> bool:
+    """Whether accelerate's environment variable `name` is set to true."""
     return os.environ.get(name, default).lower() in ("1", "true", "yes")
 
 
@@ -86,7 +87,7 @@ class TPSPConfig:
         unknown = overrides.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"TPSPConfig has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}.")
-        if not _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if not environment_flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
             config = cls(**overrides)
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
             if config.world_size == 1 and world_size > 1:
@@ -105,8 +106,8 @@ class TPSPConfig:
             **{
                 **sizes,
                 "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-                "activation_checkpointing": "full" if _flag("FSDP_ACTIVATION_CHECKPOINTING") else "none",
-                "reshard_after_forward": _flag("FSDP_RESHARD_AFTER_FORWARD", "true"),
+                "activation_checkpointing": "full" if environment_flag("FSDP_ACTIVATION_CHECKPOINTING") else "none",
+                "reshard_after_forward": environment_flag("FSDP_RESHARD_AFTER_FORWARD", "true"),
                 **overrides,
             }
         )
@@ -182,13 +183,13 @@ def check_launch_environment() -> None:
     env = os.environ
     problems = []
     policy = env.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
-    if not _flag("ACCELERATE_USE_FSDP") or env.get("FSDP_VERSION", "1") != "2":
+    if not environment_flag("ACCELERATE_USE_FSDP") or env.get("FSDP_VERSION", "1") != "2":
         problems.append("the config needs `distributed_type: FSDP` with `fsdp_version: 2`")
     if policy != "NO_WRAP":
         problems.append(
             f"`fsdp_auto_wrap_policy: {policy}` would wrap a model that hf_tpsp has already sharded; set it to NO_WRAP"
         )
-    if _flag("FSDP_OFFLOAD_PARAMS"):
+    if environment_flag("FSDP_OFFLOAD_PARAMS"):
         problems.append("`fsdp_offload_params: true` is not supported; set it to false")
     for dim, meaning in (("CP", "context parallelism"), ("SP", "DeepSpeed-Ulysses sequence parallelism")):
         if int(env.get(f"PARALLELISM_CONFIG_{dim}_SIZE", "1")) > 1:

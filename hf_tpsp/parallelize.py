@@ -16,14 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from . import compat
-from .config import TPSPConfig
+from .config import TPSPConfig, environment_flag
 from .plan import decoder_layers, plan_for, rule_for
 from .styles import ReplicatedGradients, style_for
-
-logger = logging.get_logger(__name__)
 
 MESH_DIMS = ("dp_replicate", "dp_shard", "tp")  # accelerate's names, by which it deals one batch to each TP group
 # One mesh per process group and shape: each mesh makes groups of its own.
@@ -51,7 +48,7 @@ def build_mesh(config: TPSPConfig) -> DeviceMesh:
         ValueError: the number of ranks is not the mesh's.
     """
     config.check_world(dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")))
-    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true")
+    state = PartialState(cpu=environment_flag("ACCELERATE_USE_CPU"))
     if not dist.is_initialized():  # one process, not launched as one of several
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sizes = (config.dp_replicate_size, config.dp_shard_size, config.tp_size)
