@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -51,6 +52,23 @@ def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter `name` of `module` as the optimizer holds it, also while FSDP2 has put the gathered one in place."""
     record = vars(module).get("_tpsp_fsdp", {}).get(name)
     return record.sharded_param if record is not None else module._parameters.get(name)
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """While inside, the parameters that FSDP2 manages on `model` itself (embedding, last norm, head) are gathered.
+
+    torch 2.13 has no public way to ask whether they are. Delete that question when it has.
+    """
+    group = model._get_fsdp_state()._fsdp_param_group
+    if group is None or group.is_unsharded:
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def set_mixed_precision(model: nn.Module, param_dtype: torch.dtype | None) -> None:

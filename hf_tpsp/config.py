@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-LOSSES = ("loss_parallel",)
+LOSSES = ("chunked", "loss_parallel")
 ACTIVATION_CHECKPOINTING = ("none", "full")
 MIXED_PRECISION = ("no", "bf16")
 
@@ -34,7 +34,8 @@ class TPSPConfig:
         dp_replicate_size: Copies of that sharded group (HSDP): gradients are all-reduced between them.
         sequence_parallel: Keep the residual stream sharded over the sequence between the blocks (Megatron SP). `False`
             is plain tensor parallelism: the same weights' layout, all-reduces in place of reduce-scatter + all-gather.
-        loss: `"loss_parallel"`, cross entropy on vocabulary shards with torch's `loss_parallel`.
+        loss: Cross entropy on vocabulary shards: `"chunked"`, together with the head and a chunk of tokens at a time, or
+            `"loss_parallel"`, torch's, on the logits of all tokens.
         activation_checkpointing: `"none"` or `"full"` (each decoder layer keeps its input only, and runs again in
             backward). The Trainer's `gradient_checkpointing=True` does the same.
         mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction.
@@ -47,7 +48,7 @@ class TPSPConfig:
     dp_shard_size: int = 1
     dp_replicate_size: int = 1
     sequence_parallel: bool = True
-    loss: str = "loss_parallel"
+    loss: str = "chunked"
     activation_checkpointing: str = "none"
     mixed_precision: str = "no"
     reshard_after_forward: bool = True

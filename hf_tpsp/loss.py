@@ -1,6 +1,8 @@
 """Cross entropy on vocabulary shards, and `model.loss_function` patched to it.
 
-Logits are DTensors `[batch, seq, vocab]` sharded over the vocabulary, and stay so: only per-token numbers travel.
+Logits `[batch, seq, vocab]` are sharded over the vocabulary, and stay so: only per-token numbers travel. They are
+`LazyLogits`, from which the loss and the head are computed together in chunks of tokens (`loss="chunked"`), or DTensors,
+whose cross entropy torch's `loss_parallel` takes (`loss="loss_parallel"`, and whoever has read the lazy ones).
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parallel
 from transformers import PreTrainedModel
+
+from . import compat
+from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
+from .logits import LazyLogits
 
 IGNORE_INDEX = -100
 
@@ -102,7 +108,7 @@ def _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, sm
 
 
 def vocab_parallel_cross_entropy(
-    logits: DTensor,
+    logits: LazyLogits | DTensor,
     labels: Tensor,
     *,
     ignore_index: int = IGNORE_INDEX,
@@ -112,20 +118,58 @@ def vocab_parallel_cross_entropy(
     """`torch.nn.functional.cross_entropy` for logits that are sharded over the vocabulary.
 
     Args:
-        logits: DTensor `[..., vocab]`, `Shard(-1)` on a one-dimensional TP mesh; what a parallelized model returns.
+        logits: `[..., vocab]`, what a parallelized model returns: `LazyLogits`, or a DTensor that is `Shard(-1)` on a
+            one-dimensional TP mesh.
         labels: plain integer tensor `[...]`, the same on every TP rank. Not shifted here.
         ignore_index: labels of this value give no loss and no gradient.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         reduction: `"none"` (`[...]`), `"sum"`, or `"mean"` over the labels that are not ignored.
 
     Returns:
-        A plain tensor in fp32 (fp64 for fp64 logits), the same on every TP rank. Its gradient is exact for any upstream
-        gradient, and backward needs no context.
+        A plain tensor in fp32 (fp64 for fp64 logits), bitwise the same on every TP rank. Its gradient is exact for any
+        upstream gradient, and backward needs no context.
 
     Raises:
         ValueError: logits that are not vocabulary-sharded, labels of another shape, an unknown reduction.
     """
-    if (
+    _check(logits, labels)
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}.")
+    flat = labels.reshape(-1).to(logits.device)
+    valid = (flat != ignore_index).sum()
+    if isinstance(logits, LazyLogits):
+        head, tensors = _chunked_head(logits, ignore_index, label_smoothing, statistics=False)
+        if reduction == "none":
+            return logits.hook(token_statistics(head, *tensors, flat).nll).view(labels.shape)
+        scale = valid.reciprocal() if reduction == "mean" else torch.ones_like(valid, dtype=torch.float32)
+        return logits.hook(summed_loss(head, *tensors, flat, scale))
+    local = logits.to_local(grad_placements=logits.placements)
+    loss = _VocabParallelCrossEntropy.apply(
+        local.reshape(-1, local.shape[-1]), flat, logits.device_mesh, logits.shape[-1], ignore_index, label_smoothing
+    )
+    if reduction == "none":
+        return loss.view(labels.shape)
+    total = loss.sum()
+    return total if reduction == "sum" else total / valid
+
+
+def vocab_parallel_statistics(
+    logits: LazyLogits, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
+) -> TokenStatistics:
+    """Cross entropy, entropy and top-1 of each token from one pass over the vocabulary.
+
+    Arguments as in `vocab_parallel_cross_entropy`. The tensors of the result have the shape of `labels`; the gradient
+    of `nll` is exact for any upstream gradient; the others have none.
+    """
+    _check(logits, labels)
+    head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
+    found = token_statistics(head, *tensors, labels.reshape(-1).to(logits.device))
+    nll, entropy, is_top1 = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1))
+    return TokenStatistics(logits.hook(nll), entropy, is_top1)
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    if not isinstance(logits, LazyLogits) and (
         not isinstance(logits, DTensor)
         or len(logits.placements) != 1
         or not logits.placements[0].is_shard(logits.ndim - 1)
@@ -134,21 +178,25 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"logits must be a DTensor sharded on its last dimension over one mesh dim, got {found}.")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} do not match logits {tuple(logits.shape)}.")
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}.")
-    local = logits.to_local(grad_placements=logits.placements)
-    flat = labels.reshape(-1).to(local.device)
-    loss = _VocabParallelCrossEntropy.apply(
-        local.reshape(-1, local.shape[-1]), flat, logits.device_mesh, logits.shape[-1], ignore_index, label_smoothing
-    )
-    if reduction == "none":
-        return loss.view(labels.shape)
-    total = loss.sum()
-    return total if reduction == "sum" else total / (flat != ignore_index).sum()
+
+
+def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, statistics: bool):
+    """The head of `logits`, and its tensors: hidden states, weight and bias, as plain local ones."""
+    hidden = logits.hidden
+    with logits.gathered():
+        weight, bias = (
+            None if p is None else p.to_local(grad_placements=p.placements)
+            for p in (logits.head.weight, logits.head.bias)
+        )
+    head = ChunkedHead(
+        hidden.device_mesh, hidden.placements, hidden.shape, logits.shape[-1], logits.pointwise, ignore_index,
+        smoothing, statistics,
+    )  # fmt: skip
+    return head, (hidden.to_local(grad_placements=hidden.placements), weight, bias)
 
 
 def causal_lm_loss(
-    logits: DTensor,
+    logits: LazyLogits | DTensor,
     labels: Tensor | None,
     vocab_size: int | None = None,
     num_items_in_batch: Tensor | int | None = None,
@@ -179,15 +227,21 @@ def patch_loss(model: PreTrainedModel) -> None:
     model.loss_function = causal_lm_loss
     inner = model.forward
 
+    def finish(logits, loss):
+        if not torch.is_grad_enabled() and loss is None and isinstance(logits, (LazyLogits, DTensor)):
+            return logits.full_tensor()
+        if isinstance(logits, LazyLogits):
+            logits.gathered = functools.partial(compat.gathered, model)
+        return logits
+
     @functools.wraps(inner)
     def forward(*args, **kwargs):
         output = inner(*args, **kwargs)
-        if torch.is_grad_enabled():
-            return output
         if isinstance(output, tuple):
-            return (output[0].full_tensor(), *output[1:]) if isinstance(output[0], DTensor) else output
-        if output.get("loss") is None and isinstance(output.get("logits"), DTensor):
-            output["logits"] = output["logits"].full_tensor()
+            at = 0 if isinstance(output[0], (LazyLogits, DTensor)) else 1  # a loss, which is plain, comes first
+            return (*output[:at], finish(output[at], output[0] if at else None), *output[at + 1 :])
+        if output.get("logits") is not None:
+            output["logits"] = finish(output["logits"], output.get("loss"))
         return output
 
     model.forward = forward
@@ -199,7 +253,7 @@ def patch_label_smoother(original):
     @functools.wraps(original)
     def __call__(self, model_output, labels, shift_labels=False, num_items_in_batch=None):
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-        if not isinstance(logits, DTensor):
+        if not isinstance(logits, (LazyLogits, DTensor)):
             return original(self, model_output, labels, shift_labels, num_items_in_batch)
         return causal_lm_loss(
             logits,

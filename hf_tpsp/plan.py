@@ -9,7 +9,7 @@ close a block; the structure says the rest:
     base.layers.*.<other>        gather            every other child with parameters: a token mixer or an MLP
     base.layers.*.<other>.…      colwise, rowwise, replica, packed_…   translated from transformers' plan
     base.norm                    norm
-    lm_head                      head              logits stay sharded over the vocabulary
+    lm_head                      head, lazy_head   logits stay sharded over the vocabulary
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def plan_for(model: PreTrainedModel, config: TPSPConfig) -> dict[str, str]:
         if is_norm(child) and own_parameters(child):
             plan[f"{base_name}.{child_name}" if base_name else child_name] = "norm"
     if head is not None:
-        plan[names[head]] = "head"
+        plan[names[head]] = "lazy_head" if config.loss == "chunked" else "head"
 
     if unknown:
         rules = ", ".join(f"{name} ({rule})" for name, rule in unknown.items())

@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from .logits import LazyLogits
+
 SEQUENCE = Shard(1)
 
 
@@ -462,6 +464,22 @@ class Head(Style):
         )
 
 
+class LazyHead(Head):
+    """A head that runs together with the loss, in chunks of tokens, or when its logits are read (`LazyLogits`)."""
+
+    def run(self, module, inner, gradients, args, kwargs):
+        (hidden,) = args
+        if not isinstance(hidden, DTensor):  # without SP the stream is plain
+            hidden = DTensor.from_local(hidden, gradients.mesh, [Replicate()], run_check=False)
+        run_head = super().run
+
+        def run(hidden: DTensor) -> DTensor:
+            hidden = hidden if self.sequence_parallel else hidden.to_local(grad_placements=hidden.placements)
+            return run_head(module, inner, gradients, (hidden,), {})
+
+        return LazyLogits(hidden, module, run)
+
+
 STYLES: dict[str, type[Style]] = {
     "embedding": Embedding,
     "enter": Enter,
@@ -474,6 +492,7 @@ STYLES: dict[str, type[Style]] = {
     "packed_uneven": PackedUneven,
     "rowwise": Rowwise,
     "head": Head,
+    "lazy_head": LazyHead,
 }
 """Style names as they stand in a plan."""
 
