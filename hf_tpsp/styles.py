@@ -32,9 +32,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from .collectives import SEQUENCE, FromLocal, GatherSequence, ScatterSequence, ToLocal
 from .logits import LazyLogits
-
-SEQUENCE = Shard(1)
 
 
 class ReplicatedGradients:
@@ -109,7 +108,7 @@ class _LocalReplica(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         ctx.gradients.arm()
-        return DTensor.from_local(grad, ctx.spec.mesh, ctx.spec.placements, run_check=False), None
+        return DTensor(grad, ctx.spec, requires_grad=False), None
 
 
 class _CopyToRegion(torch.autograd.Function):
@@ -195,7 +194,7 @@ class Style:
             elif self.is_partial(name):
                 local = gradients.local(param)
             else:
-                local = param.to_local(grad_placements=param.placements)
+                local = ToLocal.apply(param)
             module._parameters[name] = local
         try:
             yield
@@ -205,7 +204,7 @@ class Style:
     def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
         """Sum the ranks' terms `[batch, seq, hidden]` into the stream: reduce-scatter, or all-reduce without SP."""
         if self.sequence_parallel:
-            return DTensor.from_local(partial, mesh, [Partial()], run_check=False).redistribute(placements=[SEQUENCE])
+            return ScatterSequence.apply(partial, mesh)
         return _ReduceFromRegion.apply(partial, mesh)
 
 
@@ -215,6 +214,8 @@ def enter_region(x: Any, mesh: DeviceMesh, sequence_parallel: bool) -> Any:
     What is computed from it covers this rank's columns only, so its gradient is a term of a sum over the ranks.
     """
     if isinstance(x, DTensor):
+        if x.placements == (SEQUENCE,):
+            return GatherSequence.apply(x)
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     if not sequence_parallel and isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
         return _CopyToRegion.apply(x, mesh)
@@ -293,8 +294,8 @@ class Norm(Style):
         if not isinstance(x, DTensor):
             return super().run(module, inner, gradients, args, kwargs)
         with self.local_parameters(module, gradients):
-            out = inner(x.to_local(grad_placements=x.placements), *rest, **kwargs)
-        return DTensor.from_local(out, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+            out = inner(ToLocal.apply(x), *rest, **kwargs)
+        return FromLocal.apply(out, x._spec)
 
 
 class Replica(Style):
@@ -432,11 +433,8 @@ class Rowwise(Style):
         if (bias := module._parameters.get("bias")) is None:
             return out
         if not self.sequence_parallel:
-            return out + bias.to_local(grad_placements=bias.placements)
-        local = out.to_local(grad_placements=out.placements) + gradients.local(bias)
-        return DTensor.from_local(
-            local, out.device_mesh, out.placements, run_check=False, shape=out.shape, stride=out.stride()
-        )
+            return out + ToLocal.apply(bias)
+        return FromLocal.apply(ToLocal.apply(out) + gradients.local(bias), out._spec)
 
 
 class Head(Style):

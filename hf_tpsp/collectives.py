@@ -1,0 +1,125 @@
+"""The collectives of the residual stream, and its ways between DTensor and plain tensor, as autograd functions.
+
+They do what `DTensor.redistribute`, `to_local` and `from_local` do for a stream `[batch, seq, hidden]` that is
+`Shard(1)`, without their bookkeeping: at small sizes that is a third of a training step. The functional form of the
+collectives is used because `torch.compile` can trace it and selective checkpointing can keep its results.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+SEQUENCE = Shard(1)
+_ops = torch.ops._c10d_functional
+
+
+@functools.lru_cache(maxsize=256)
+def stream_spec(mesh: DeviceMesh, shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
+    """The layout of a stream of global `shape` `[batch, seq, hidden]`."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensorSpec(mesh, (SEQUENCE,), TensorMeta(shape, stride, dtype))
+
+
+def all_gather_sequence(shard: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
+    """Every rank's part `[batch, ceil(length / tp) or less, hidden]` → `[batch, length, hidden]`. One all-gather."""
+    size, (batch, held) = mesh.size(), shard.shape[:2]
+    width = -(-length // size)
+    if held < width:
+        shard = _pad(shard, width - held)
+    gathered = _ops.all_gather_into_tensor(shard.contiguous(), size, mesh.get_group().group_name)
+    parts = _ops.wait_tensor(gathered).unflatten(0, (size, batch))
+    if batch == 1:
+        return parts.view(1, size * width, *shard.shape[2:])[:, :length]
+    return torch.cat([part[:, : max(0, length - i * width)] for i, part in enumerate(parts)], dim=1)
+
+
+def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Each rank's term `[batch, length, hidden]` of a sum → its part of the sum's sequence. One reduce-scatter."""
+    size, (batch, length) = mesh.size(), partial.shape[:2]
+    width = -(-length // size)
+    if length < size * width:
+        partial = _pad(partial, size * width - length)
+    parts = partial.unflatten(1, (size, width)).transpose(0, 1).contiguous()  # no copy for a batch of 1
+    summed = _reduce_scatter(parts.flatten(0, 1), mesh).view(batch, width, *partial.shape[2:])
+    held = min(width, max(0, length - mesh.get_local_rank() * width))
+    return summed if held == width else summed[:, :held].contiguous()
+
+
+def _reduce_scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`[size * n, …]` → the sum over the ranks of this rank's `[n, …]`."""
+    size, group = mesh.size(), mesh.get_group().group_name
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x, "sum", size, group))
+
+
+def _pad(x: Tensor, positions: int) -> Tensor:
+    """`x` with zeros after its sequence dimension."""
+    return F.pad(x, (*(0, 0) * (x.dim() - 2), 0, positions))
+
+
+class GatherSequence(torch.autograd.Function):
+    """Stream → plain full tensor, of which each rank uses its own columns. Backward sums the ranks' gradients.
+
+    Forward: all-gather. Backward: reduce-scatter.
+    """
+
+    @staticmethod
+    def forward(ctx, x: DTensor) -> Tensor:
+        ctx.spec = x._spec
+        return all_gather_sequence(x._local_tensor, x.shape[1], x._spec.mesh)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return DTensor(reduce_scatter_sequence(grad, ctx.spec.mesh), ctx.spec, requires_grad=False)
+
+
+class ScatterSequence(torch.autograd.Function):
+    """Each rank's term of a sum → the sum, as a stream. Forward: reduce-scatter. Backward: all-gather."""
+
+    @staticmethod
+    def forward(ctx, partial: Tensor, mesh: DeviceMesh) -> DTensor:
+        ctx.spec = stream_spec(mesh, partial.shape, partial.dtype)
+        return DTensor(reduce_scatter_sequence(partial, mesh), ctx.spec, requires_grad=False)
+
+    @staticmethod
+    def backward(ctx, grad: DTensor):
+        return all_gather_sequence(_local(grad, ctx.spec), grad.shape[1], ctx.spec.mesh), None
+
+
+class ToLocal(torch.autograd.Function):
+    """DTensor → local tensor; the local gradient is laid out as the DTensor is. No collective."""
+
+    @staticmethod
+    def forward(ctx, x: DTensor) -> Tensor:
+        ctx.spec = x._spec
+        return x._local_tensor.view_as(x._local_tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return DTensor(grad, ctx.spec, requires_grad=False)
+
+
+class FromLocal(torch.autograd.Function):
+    """Local tensor → the DTensor of `spec`. No collective."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor, spec: DTensorSpec) -> DTensor:
+        ctx.spec = spec
+        return DTensor(local.detach(), spec, requires_grad=False)
+
+    @staticmethod
+    def backward(ctx, grad: DTensor):
+        return _local(grad, ctx.spec), None
+
+
+def _local(grad: DTensor, spec: DTensorSpec) -> Tensor:
+    """The local part of a gradient, in the layout of `spec`."""
+    if grad._spec.placements != spec.placements:
+        grad = grad.redistribute(placements=spec.placements)
+    return grad._local_tensor
