@@ -92,7 +92,7 @@ def run_plan(args: argparse.Namespace) -> None:
         key = name if name in plan else wildcard(name)
         if rule is not None and key not in seen:
             seen.add(key)
-            style = style_for(rule, config.sequence_parallel)
+            style = style_for(rule, config)
             table.add_row(key, type(module).__name__, rule, style.forward_collective, style.backward_collective)
     # A pipe gets the whole width; a terminal its own.
     Console(width=None if sys.stdout.isatty() else 140).print(table)

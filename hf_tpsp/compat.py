@@ -71,6 +71,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
+def saved_tensors_are_hooked() -> bool:
+    """Whether somebody's `torch.autograd.graph.saved_tensors_hooks` are active. torch 2.13 has no public way to ask."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def set_mixed_precision(model: nn.Module, param_dtype: torch.dtype | None) -> None:
     """Have FSDP2 gather parameters as `param_dtype` and reduce gradients in fp32, before the first forward.
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LOSSES = ("chunked", "loss_parallel")
-ACTIVATION_CHECKPOINTING = ("none", "full")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 MIXED_PRECISION = ("no", "bf16")
 
 
@@ -36,8 +36,12 @@ class TPSPConfig:
             is plain tensor parallelism: the same weights' layout, all-reduces in place of reduce-scatter + all-gather.
         loss: Cross entropy on vocabulary shards: `"chunked"`, together with the head and a chunk of tokens at a time, or
             `"loss_parallel"`, torch's, on the logits of all tokens.
-        activation_checkpointing: `"none"` or `"full"` (each decoder layer keeps its input only, and runs again in
-            backward). The Trainer's `gradient_checkpointing=True` does the same.
+        regather_inputs: Keep the sequence shard of a block's input for backward, and gather it there once more, in
+            place of the whole; and compute norms and activation functions again. One more all-gather for each block.
+        activation_checkpointing: `"none"`; `"full"`, each decoder layer keeps its input only, and runs again in backward
+            (the Trainer's `gradient_checkpointing=True` does the same); or `"selective"`, it also keeps the results of
+            matrix products, attention and reduce-scatters, and runs the rest again. `regather_inputs` adds nothing to
+            the latter two.
         mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction.
             `TrainingArguments(bf16=True)` does the same.
         reshard_after_forward: Free a layer's gathered weights after forward and gather them again in backward (ZeRO-3);
@@ -49,6 +53,7 @@ class TPSPConfig:
     dp_replicate_size: int = 1
     sequence_parallel: bool = True
     loss: str = "chunked"
+    regather_inputs: bool = True
     activation_checkpointing: str = "none"
     mixed_precision: str = "no"
     reshard_after_forward: bool = True

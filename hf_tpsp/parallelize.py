@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from . import compat
 from .config import TPSPConfig, environment_flag
 from .plan import decoder_layers, plan_for, rule_for
+from .recompute import selective_contexts
 from .styles import ReplicatedGradients, style_for
 
 MESH_DIMS = ("dp_replicate", "dp_shard", "tp")  # accelerate's names, by which it deals one batch to each TP group
@@ -95,8 +96,9 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     model._tp_plan = plan
     model.gather_sharded_state_dict_for_save = types.MethodType(_gather_for_save, model)
     model.resize_token_embeddings = _refuse_resize
-    if config.activation_checkpointing == "full":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.activation_checkpointing != "none":
+        selective = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
+        model.activation_checkpointing_enable({"use_reentrant": False, **selective})
 
     from .loss import patch_loss
 
@@ -117,7 +119,7 @@ def _apply_plan(
 ) -> None:
     for name, module in list(model.named_modules()):
         if (rule := rule_for(name, plan)) is not None:
-            style = style_for(rule, config.sequence_parallel)
+            style = style_for(rule, config)
             style.shard(module, gradients)
             style.install(module, gradients)
 

@@ -8,6 +8,7 @@ close a block; the structure says the rest:
     base.layers.*.<norm>         norm              children of a layer whose class is a norm run on the shards
     base.layers.*.<other>        gather            every other child with parameters: a token mixer or an MLP
     base.layers.*.<other>.…      colwise, rowwise, replica, packed_…   translated from transformers' plan
+                                 activation        an activation function, which has no parameters
     base.norm                    norm
     lm_head                      head, lazy_head   logits stay sharded over the vocabulary
 """
@@ -19,6 +20,7 @@ from collections import Counter
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS
 
 from .config import TPSPConfig
 
@@ -31,6 +33,9 @@ TRANSLATION = {
     SPLIT_INPUT: "rowwise",
     "replicated_with_grad_allreduce": "replica",
 }
+
+# Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
+ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 
 def wildcard(name: str) -> str:
@@ -122,6 +127,8 @@ def plan_for(model: PreTrainedModel, config: TPSPConfig) -> dict[str, str]:
                 name = f"{block_name}.{inner_name}" if inner_name else block_name
                 rule = native.get(wildcard(name))
                 if rule is None:
+                    if type(inner) in ACTIVATIONS and not own_parameters(inner):
+                        plan[wildcard(name)] = "activation"
                     continue
                 if rule == "colwise_gather_output" and len(closing) == 1:
                     plan[wildcard(name)] = packed_rule(child, inner, closing[0], config)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,8 +33,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from .collectives import SEQUENCE, FromLocal, GatherSequence, ScatterSequence, ToLocal
+from . import recompute
+from .collectives import SEQUENCE, FromLocal, GatherSequence, ScatterSequence, ToLocal, all_gather_sequence
+from .config import TPSPConfig
 from .logits import LazyLogits
+from .recompute import Recomputed, Region
 
 
 class ReplicatedGradients:
@@ -150,8 +154,9 @@ class Style:
     forward_collective = "-"
     backward_collective = "-"
 
-    def __init__(self, sequence_parallel: bool = True):
-        self.sequence_parallel = sequence_parallel
+    def __init__(self, config: TPSPConfig):
+        self.sequence_parallel = config.sequence_parallel
+        self.regather_inputs = config.regather_inputs and config.sequence_parallel
 
     def placement(self, module: nn.Module, name: str, param: nn.Parameter) -> Placement:
         """Where parameter `name` of `module` lives on the TP mesh dim."""
@@ -222,6 +227,12 @@ def enter_region(x: Any, mesh: DeviceMesh, sequence_parallel: bool) -> Any:
     return x
 
 
+def regather(x: DTensor, mesh: DeviceMesh) -> Callable[[], Tensor]:
+    """How to make `enter_region(x)` again. Holds this rank's part of it only."""
+    shard, length = x._local_tensor, x.shape[1]
+    return lambda: all_gather_sequence(shard, length, mesh)
+
+
 class Embedding(Style):
     """Vocabulary-sharded lookup into the stream. Weight Shard(0).
 
@@ -229,10 +240,10 @@ class Embedding(Style):
     Forward: reduce-scatter. Backward: all-gather. (Without SP: all-reduce, none.)
     """
 
-    def __init__(self, sequence_parallel: bool = True):
-        super().__init__(sequence_parallel)
-        self.forward_collective = "reduce-scatter" if sequence_parallel else "all-reduce"
-        self.backward_collective = "all-gather" if sequence_parallel else "-"
+    def __init__(self, config: TPSPConfig):
+        super().__init__(config)
+        self.forward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
+        self.backward_collective = "all-gather" if config.sequence_parallel else "-"
 
     def placement(self, module, name, param):
         return Shard(0)
@@ -284,22 +295,28 @@ class Enter(Style):
 
 
 class Norm(Style):
-    """A norm on the stream: each rank normalizes its own part of the sequence. Parameters replicated; no collective."""
+    """A norm on the stream: each rank normalizes its own part of the sequence. Parameters replicated; no collective.
+
+    With `regather_inputs` only its input is kept, and it runs once more in backward.
+    """
 
     def is_partial(self, name):
         return self.sequence_parallel
 
     def run(self, module, inner, gradients, args, kwargs):
         x, *rest = args
-        if not isinstance(x, DTensor):
-            return super().run(module, inner, gradients, args, kwargs)
+        spec = x._spec if isinstance(x, DTensor) else None
+        local = x if spec is None else ToLocal.apply(x)
         with self.local_parameters(module, gradients):
-            out = inner(ToLocal.apply(x), *rest, **kwargs)
-        return FromLocal.apply(out, x._spec)
+            if self.regather_inputs and not rest and not kwargs and recompute.is_active():
+                out = recomputed(module, inner, local)
+            else:
+                out = inner(local, *rest, **kwargs)
+        return out if spec is None else FromLocal.apply(out, spec)
 
 
-class Replica(Style):
-    """A module inside a region that works on this rank's heads with the same parameters on every rank (q_norm, k_norm).
+class Replica(Norm):
+    """A norm inside a region, on this rank's heads, with the same parameters on every rank (q_norm, k_norm).
 
     No collective on activations.
     """
@@ -308,18 +325,57 @@ class Replica(Style):
         return True
 
 
+def recomputed(module: nn.Module, inner, x: Tensor) -> Tensor:
+    """`inner(x)`, the forward of `module`, of which only `x` is kept for backward."""
+    names = list(module._parameters)
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        own = dict(module._parameters)
+        module._parameters.update(zip(names, values, strict=True))
+        try:
+            return inner(x)
+        finally:
+            module._parameters.update(own)
+
+    return Recomputed.apply(run, x, *(module._parameters[name] for name in names))
+
+
+class Activation(Style):
+    """An activation function inside a region. Its output is not kept for backward, but computed from its input again."""
+
+    def run(self, module, inner, gradients, args, kwargs):
+        out = inner(*args, **kwargs)
+        if (region := Region.current) is not None:
+            kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+            region.again(out, lambda: inner(*kept, **kwargs))
+        return out
+
+
 class Gather(Style):
     """Entry of a token mixer or MLP: whatever arguments carry the stream, positional or keyword, are gathered.
 
-    Forward: all-gather. Backward: reduce-scatter. (Without SP: none, all-reduce.)
+    Forward: all-gather. Backward: reduce-scatter, and with `regather_inputs` the all-gather once more, for the weights'
+    gradients. (Without SP: none, all-reduce.)
     """
 
-    def __init__(self, sequence_parallel: bool = True):
-        super().__init__(sequence_parallel)
-        self.forward_collective = "all-gather" if sequence_parallel else "-"
-        self.backward_collective = "reduce-scatter" if sequence_parallel else "all-reduce"
+    def __init__(self, config: TPSPConfig):
+        super().__init__(config)
+        self.forward_collective = "all-gather" if config.sequence_parallel else "-"
+        self.backward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
+        if self.regather_inputs:
+            self.backward_collective = "all-gather, reduce-scatter"
 
     def run(self, module, inner, gradients, args, kwargs):
+        if self.regather_inputs and recompute.is_active():
+            with Region() as region:
+
+                def enter(x: Any) -> Any:
+                    full = enter_region(x, gradients.mesh, True)
+                    if full is not x:
+                        region.again(full, regather(x, gradients.mesh))
+                    return full
+
+                return inner(*map(enter, args), **{name: enter(x) for name, x in kwargs.items()})
         if self.sequence_parallel:
             args = tuple(enter_region(x, gradients.mesh, True) for x in args)
             kwargs = {name: enter_region(x, gradients.mesh, True) for name, x in kwargs.items()}
@@ -363,8 +419,8 @@ class PackedColwise(Colwise):
     Written `packed_colwise:n,n` in a plan, with the width of each part. No collective.
     """
 
-    def __init__(self, sequence_parallel: bool = True, *parts: int):
-        super().__init__(sequence_parallel)
+    def __init__(self, config: TPSPConfig, *parts: int):
+        super().__init__(config)
         self.parts = parts
 
     def placement(self, module, name, param):
@@ -382,8 +438,8 @@ class PackedUneven(Colwise):
     forward_collective = "all-gather"
     backward_collective = "reduce-scatter"
 
-    def __init__(self, sequence_parallel: bool = True, *parts: int):
-        super().__init__(sequence_parallel)
+    def __init__(self, config: TPSPConfig, *parts: int):
+        super().__init__(config)
         self.parts = parts
 
     def install(self, module, gradients):
@@ -415,10 +471,10 @@ class Rowwise(Style):
     none.) The bias is added once, after the sum.
     """
 
-    def __init__(self, sequence_parallel: bool = True):
-        super().__init__(sequence_parallel)
-        self.forward_collective = "reduce-scatter" if sequence_parallel else "all-reduce"
-        self.backward_collective = "all-gather" if sequence_parallel else "-"
+    def __init__(self, config: TPSPConfig):
+        super().__init__(config)
+        self.forward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
+        self.backward_collective = "all-gather" if config.sequence_parallel else "-"
 
     def placement(self, module, name, param):
         return Replicate() if name == "bias" else Shard(1)
@@ -443,10 +499,10 @@ class Head(Style):
     Forward: all-gather (of the hidden states). Backward: reduce-scatter. (Without SP: none, all-reduce.)
     """
 
-    def __init__(self, sequence_parallel: bool = True):
-        super().__init__(sequence_parallel)
-        self.forward_collective = "all-gather" if sequence_parallel else "-"
-        self.backward_collective = "reduce-scatter" if sequence_parallel else "all-reduce"
+    def __init__(self, config: TPSPConfig):
+        super().__init__(config)
+        self.forward_collective = "all-gather" if config.sequence_parallel else "-"
+        self.backward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
 
     def placement(self, module, name, param):
         return Shard(0)
@@ -483,6 +539,7 @@ STYLES: dict[str, type[Style]] = {
     "enter": Enter,
     "norm": Norm,
     "replica": Replica,
+    "activation": Activation,
     "gather": Gather,
     "gather_heads": GatherHeads,
     "colwise": Colwise,
@@ -495,9 +552,9 @@ STYLES: dict[str, type[Style]] = {
 """Style names as they stand in a plan."""
 
 
-def style_for(rule: str, sequence_parallel: bool) -> Style:
+def style_for(rule: str, config: TPSPConfig) -> Style:
     """The style that a rule of a plan names; numbers after a colon are its arguments (`packed_colwise:64,64`)."""
     name, _, arguments = rule.partition(":")
     if name not in STYLES:
         raise ValueError(f"{rule!r} names no style; the styles are {', '.join(STYLES)}.")
-    return STYLES[name](sequence_parallel, *(int(n) for n in arguments.split(",") if n))
+    return STYLES[name](config, *(int(n) for n in arguments.split(",") if n))
