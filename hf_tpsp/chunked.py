@@ -17,12 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
+
+from .collectives import all_gather
 
 CHUNK_BYTES = 64 * 2**20
 """Size of a chunk's fp32 logits on one rank. Large enough for matrix products to be efficient (2,048 tokens of a
@@ -139,9 +140,7 @@ class ChunkedHead:
             terms.append(maximum - torch.special.entr(exponentials).sum(1) / total)
 
         terms = torch.stack(terms)
-        gathered = terms.new_empty(size * len(terms), len(labels))
-        dist.all_gather_single(gathered, terms, group=self.mesh.get_group())
-        gathered = gathered.unflatten(0, (size, -1))
+        gathered = all_gather(terms, self.mesh).unflatten(0, (size, -1))
         lse_of = gathered[:, 0]
         lse, label_logit = lse_of.logsumexp(0), gathered[:, 1].sum(0)
         nll = lse - label_logit

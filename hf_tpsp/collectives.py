@@ -34,8 +34,7 @@ def all_gather_sequence(shard: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
     width = -(-length // size)
     if held < width:
         shard = _pad(shard, width - held)
-    gathered = _ops.all_gather_into_tensor(shard.contiguous(), size, mesh.get_group().group_name)
-    parts = _ops.wait_tensor(gathered).unflatten(0, (size, batch))
+    parts = all_gather(shard.contiguous(), mesh).unflatten(0, (size, batch))
     if batch == 1:
         return parts.view(1, size * width, *shard.shape[2:])[:, :length]
     return torch.cat([part[:, : max(0, length - i * width)] for i, part in enumerate(parts)], dim=1)
@@ -48,12 +47,17 @@ def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
     if length < size * width:
         partial = _pad(partial, size * width - length)
     parts = partial.unflatten(1, (size, width)).transpose(0, 1).contiguous()  # no copy for a batch of 1
-    summed = _reduce_scatter(parts.flatten(0, 1), mesh).view(batch, width, *partial.shape[2:])
+    summed = reduce_scatter(parts.flatten(0, 1), mesh).view(batch, width, *partial.shape[2:])
     held = min(width, max(0, length - mesh.get_local_rank() * width))
     return summed if held == width else summed[:, :held].contiguous()
 
 
-def _reduce_scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`[n, …]` → `[size * n, …]`, rank after rank."""
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(x, mesh.size(), mesh.get_group().group_name))
+
+
+def reduce_scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """`[size * n, …]` → the sum over the ranks of this rank's `[n, …]`."""
     size, group = mesh.size(), mesh.get_group()
     if dist.get_backend(group) == "gloo":

@@ -26,8 +26,15 @@ POINTWISE = {
     Tensor.float, Tensor.to,
 }  # fmt: skip
 METADATA = {
-    Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__,
-    Tensor.requires_grad.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point,
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device,
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape", "ndim", "dtype", "device", "layout", "itemsize", "requires_grad", "is_leaf", "_base", "is_cpu",
+            "is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized",
+        )
+    ),
 }  # fmt: skip
 
 

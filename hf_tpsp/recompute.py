@@ -95,6 +95,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.run = run
+        ctx.autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
         ctx.save_for_backward(x, *parameters)
         return run(x, *parameters)
 
@@ -102,7 +103,8 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         needed = ctx.needs_input_grad[1:]
         inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
-        with torch.enable_grad():
+        dtype, device = ctx.autocast or None, grad.device.type
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
             out = ctx.run(*inputs)
         found = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
         return None, *(next(found) if need else None for need in needed)

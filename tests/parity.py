@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
+from hf_tpsp.recompute import Recomputed
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,6 +47,23 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 class KeepFp64(TorchFunctionMode):
     """No cast of an fp64 tensor to fp32. transformers casts inside norms, softmax and loss, which leaves 1e-7 of rounding
     in an fp64 comparison, and more where terms cancel; without it, what remains is error."""
+
+    def __enter__(self):
+        self._backward = backward = Recomputed.backward
+
+        def with_mode(ctx, grad):  # the autograd engine runs without the modes of its caller
+            TorchFunctionMode.__enter__(self)
+            try:
+                return backward(ctx, grad)
+            finally:
+                TorchFunctionMode.__exit__(self, None, None, None)
+
+        Recomputed.backward = staticmethod(with_mode)
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        Recomputed.backward = staticmethod(self._backward)
+        return super().__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -13,6 +13,7 @@ from hf_tpsp import TPSPConfig
 
 NAMES = {
     "all_gather_into_tensor": "all-gather",
+    "all_to_all_single": "reduce-scatter",  # on gloo it is this and a sum: collectives.reduce_scatter
     "reduce_scatter_tensor": "reduce-scatter",
     "all_reduce": "all-reduce",
     "allreduce_": "all-reduce",

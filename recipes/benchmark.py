@@ -1,0 +1,409 @@
+"""How fast, how large, how talkative? hf_tpsp beside what one would use instead, in one process group.
+
+    torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 recipes/benchmark.py [options]
+
+Gloo ranks on the CPU, one thread each. A random Qwen2-shaped fp32 model is loaded once for each variant; the variants
+then take turns, step by step, so that whatever else the machine does meets them alike. A step is forward, backward and
+`zero_grad`. The default takes a quarter of an hour on two cores; `--hidden 64 --vocab 4000 --tokens 256`, seconds.
+
+Writes `recipes/benchmarks/NAME.json` and `NAME.png`, and the tables of all JSON files to `recipes/benchmarks/README.md`.
+Bytes are rank 0's, counted by `measure.py` in a step of its own, beside what they could be at the least where theory
+says so: `saved_activation_bytes` and `collective_floor`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import PartialState
+from measure import RING_PASSES, collective_floor, measure_step, saved_activation_bytes, step, wire_bytes
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+import hf_tpsp
+from hf_tpsp import TPSPConfig
+
+COMMAND = "torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 recipes/benchmark.py"
+FOLDER = Path(__file__).parent / "benchmarks"
+RIVALS = {
+    "native": "transformers' own tensor parallelism: from_pretrained(distributed_config=DistributedConfig(tp_size=N))",
+    "fsdp2": "FSDP2 alone: N ranks, each with a row of tokens / N, so that a step has as many tokens as the others'",
+}
+# Name → fields of TPSPConfig.
+VARIANTS: dict[str, dict] = {
+    "loss_parallel": {"loss": "loss_parallel"},
+    "chunked": {},
+    "chunked-keep": {"regather_inputs": False},
+    "selective": {"activation_checkpointing": "selective"},
+    "full": {"activation_checkpointing": "full"},
+    "compile": {"compile": True},
+}
+DEFAULT = ["native", "fsdp2", "loss_parallel", "chunked", "chunked-keep"]
+MIB = 2**20
+
+
+# ---- variants ----------------------------------------------------------------------------------------------------
+
+
+def choices_of(variant: str, ranks: int) -> TPSPConfig | None:
+    """The config of a variant of hf_tpsp; None for the others, and if this hf_tpsp has no such choice."""
+    try:
+        return TPSPConfig(tp_size=ranks, **VARIANTS[variant]) if variant in VARIANTS else None
+    except (TypeError, ValueError):
+        return None
+
+
+def build(variant: str, folder: str, ranks: int) -> nn.Module:
+    """The model in `folder`, sharded as `variant` says."""
+    if variant == "native":
+        return Qwen2ForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=ranks)).train()
+    model = Qwen2ForCausalLM.from_pretrained(folder).train()
+    if variant == "fsdp2":
+        mesh = init_device_mesh("cpu", (ranks,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        return model
+    return hf_tpsp.parallelize(model, choices_of(variant, ranks))
+
+
+def row(variant: str, ids: Tensor) -> Tensor:
+    """What this rank is fed of the ids `[1, tokens]`."""
+    return ids.chunk(dist.get_world_size(), dim=1)[dist.get_rank()] if variant == "fsdp2" else ids
+
+
+# ---- measurements ------------------------------------------------------------------------------------------------
+
+
+def time_steps(models: dict[str, nn.Module], ids: Tensor, steps: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of each step of each variant, the slowest rank's. The i-th steps of all variants follow upon each other."""
+    seconds = {variant: [] for variant in models}
+    for _ in range(warmup + steps):
+        for variant, model in models.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step(model, row(variant, ids))
+            model.zero_grad()
+            seconds[variant].append(time.perf_counter() - start)
+    slowest = torch.tensor(list(seconds.values()))[:, warmup:]
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return dict(zip(models, slowest.tolist(), strict=True))
+
+
+def run(models: dict[str, nn.Module], config: Qwen2Config, tokens: int, args: argparse.Namespace) -> dict:
+    """Everything about one number of tokens per step."""
+    ranks, first = dist.get_world_size(), next(iter(models))
+    ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    seconds = time_steps(models, ids, args.steps, args.warmup)
+    result = {
+        "tokens": tokens,
+        "saved_bytes_per_layer_floor": {
+            "unfused_activation": saved_activation_bytes(config, tokens, ranks),
+            "fused_activation": saved_activation_bytes(config, tokens, ranks, fused_activation=True),
+        },
+        "logits_shard_bytes": tokens * config.vocab_size * 4 / ranks,
+        "variants": {},
+    }
+    for variant, model in models.items():
+        ratios = [time / base for time, base in zip(seconds[variant], seconds[first], strict=True)]
+        found = {"step_seconds": statistics.median(seconds[variant]), "step_ratio": statistics.median(ratios)}
+        choices = choices_of(variant, ranks)
+        if not VARIANTS.get(variant, {}).get("compile"):  # measure.py cannot see into compiled code
+            found |= measure_step(model, row(variant, ids))
+            sent = found["collectives"]
+            found["wire_bytes"] = wire_bytes(sent)
+            if choices:
+                floor = collective_floor(config, tokens, choices)
+                found["collectives_floor"] = {kind: asdict(traffic) for kind, traffic in floor.items()}
+                found["wire_bytes_floor"] = wire_bytes(floor)
+            found["collectives"] = {kind: asdict(traffic) for kind, traffic in sent.items()}
+        result["variants"][variant] = found
+    check_losses(result["variants"])
+    return result
+
+
+def check_losses(variants: dict[str, dict]) -> None:
+    """Raise `RuntimeError` unless all variants that were given the same row found the same loss."""
+    losses = {name: found["loss"] for name, found in variants.items() if name != "fsdp2" and "loss" in found}
+    if losses and max(losses.values()) - min(losses.values()) > 1e-4:
+        raise RuntimeError(f"The variants do not compute the same loss: {losses}.")
+
+
+# ---- report ------------------------------------------------------------------------------------------------------
+
+
+def mib(size: float) -> str:
+    return f"{size / MIB:,.1f}" if size < 100 * MIB else f"{size / MIB:,.0f}"
+
+
+def header(result: dict) -> list[str]:
+    return [
+        "tokens", "variant", "step, ms", f"/ {result['base']}", "peak, MiB", "gradients, MiB",
+        "saved per layer, MiB (/ floor)", "head + loss peak, MiB (/ logits)", "AG + RS + AR + A2A", "sent, MiB (/ floor)",
+    ]  # fmt: skip
+
+
+def rows(result: dict) -> Iterator[list[str]]:
+    """The cells of the table of `result`, in the order of `header`."""
+    for run in result["runs"]:
+        for variant, found in run["variants"].items():
+            cells = [str(run["tokens"]), variant, f"{found['step_seconds'] * 1e3:,.0f}", f"{found['step_ratio']:.2f}"]
+            if "peak_bytes" in found:
+                saved, loss, sent = found["saved_bytes_per_layer"], found["loss_peak_bytes"], found["wire_bytes"]
+                floor = found.get("wire_bytes_floor")
+                counts = [found["collectives"].get(kind, {}).get("count", 0) for kind in RING_PASSES]
+                cells += [
+                    mib(found["peak_bytes"]),
+                    mib(found["gradient_bytes"]),
+                    f"{mib(saved)} ({saved / run['saved_bytes_per_layer_floor']['fused_activation']:.2f})",
+                    f"{mib(loss)} ({loss / run['logits_shard_bytes']:.2f})",
+                    " + ".join(map(str, counts)),
+                    f"{mib(sent)} ({sent / floor:.3f})" if floor else mib(sent),
+                ]
+            yield cells + ["-"] * (len(header(result)) - len(cells))
+
+
+def terminal_table(result: dict) -> Table:
+    table = Table(*header(result), title=result["name"])
+    for cells in rows(result):
+        table.add_row(*cells)
+    return table
+
+
+LEGEND = f"""\
+- **step**: median of interleaved steps (forward, backward, `zero_grad`), the slowest rank's; the ratio is the median of
+  the ratios of steps that follow upon each other.
+- **peak**: tensor bytes on rank 0 above parameters, inputs and **gradients**, which have a column of their own. The
+  parameters that FSDP2 gathers are in it.
+- **saved per layer**: activations of a middle decoder layer that are live from forward to backward; in brackets over
+  Megatron's TP + SP figure with a fused activation, `(6 h + 2 kv + 3 f) / N` elements per token (below 1: more is
+  recomputed in backward).
+- **head + loss peak**: above the hidden states, the head's weight and its gradient; in brackets over one fp32 copy of
+  `[tokens, vocab / N]`.
+- **AG + RS + AR + A2A**: all-gathers, reduce-scatters, all-reduces, all-to-alls of a step over more than one rank.
+- **sent**: by one rank, by the ring algorithm; in brackets over the least that the variant's plan needs.
+- `native`: {RIVALS["native"]}.
+- `fsdp2`: {RIVALS["fsdp2"]}.
+- The others: `hf_tpsp.parallelize` with a `TPSPConfig`, whose defaults are `chunked`."""
+
+
+def write_readme() -> None:
+    """The tables of all JSON files in `FOLDER`."""
+    parts = ["# Benchmarks", "Written by `recipes/benchmark.py`, which says how to run it. Do not edit.", LEGEND]
+    for path in sorted(FOLDER.glob("*.json")):
+        result = json.loads(path.read_text())
+        machine = result["machine"]
+        lines = [header(result), ["---"] * len(header(result)), *rows(result)]
+        parts += [
+            f"## {result['name']}",
+            f"{machine['date']}, {result['ranks']} ranks, one thread each, on {machine['cores']} cores of "
+            f"{machine['cpu']} (load {machine['load_before']} before), {machine['ram_gib']} GiB; torch {machine['torch']}, transformers "
+            f"{machine['transformers']}. Options: `{result['options'] or 'none'}`.",
+            "\n".join(f"| {' | '.join(cells)} |" for cells in lines),
+            f"![{result['name']}]({path.stem}.png)",
+        ]
+    (FOLDER / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def plot(result: dict, path: Path) -> None:
+    """Bars of each variant, grouped by the number of tokens: step time, peak memory, memory of head and loss."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        f"step time / {result['base']}": ("step_ratio", 1),
+        "peak tensor memory, MiB": ("peak_bytes", MIB),
+        "peak of head + loss, MiB": ("loss_peak_bytes", MIB),
+    }
+    variants = list(result["runs"][0]["variants"])
+    width = 0.8 / len(variants)
+    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
+    for axes, (title, (quantity, unit)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for i, variant in enumerate(variants):
+            values = [run["variants"][variant].get(quantity, 0) / unit for run in result["runs"]]
+            places = [group - 0.4 + (i + 0.5) * width for group in range(len(values))]
+            bars = axes.bar(places, values, 0.9 * width, label=variant)
+            axes.bar_label(
+                bars,
+                [
+                    f"{value:.2f}" if unit == 1 else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+                    for value in values
+                ],
+                fontsize=7,
+            )
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(range(len(result["runs"])), [f"{run['tokens']:,} tokens" for run in result["runs"]])
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(variants), fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def report(result: dict | None, console: Console) -> None:
+    """Write `result`, if there is one, and the README."""
+    if result:
+        path = FOLDER / f"{result['name']}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(terminal_table(result))
+        try:
+            plot(result, path.with_suffix(".png"))
+        except ModuleNotFoundError:
+            console.print("No plot: matplotlib is missing (pip install 'hf_tpsp[plot]').")
+    write_readme()
+
+
+def machine() -> dict:
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load_before": round(os.getloadavg()[0], 1),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+# ---- command -----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, from one rank: the launcher ends all ranks with the first, so the others wait for it."""
+        time.sleep(0 if os.environ.get("RANK", "0") == "0" else 10)
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def parse() -> tuple[argparse.Namespace, Qwen2Config | None]:
+    parser = Parser(description=f"Run it as: {COMMAND}")
+    number = {"type": positive, "metavar": "N"}
+    parser.add_argument("--hidden", default=512, **number, help="hidden size; the MLP's is 4 times that (default: 512)")
+    parser.add_argument("--layers", default=4, **number, help="decoder layers, at least 2 (default: 4)")
+    parser.add_argument("--heads", default=4, **number, help="attention heads (default: 4)")
+    parser.add_argument("--kv-heads", default=2, **number, help="key and value heads (default: 2)")
+    parser.add_argument("--vocab", default=128_000, **number, help="vocabulary (default: 128000)")
+    parser.add_argument(
+        "--tokens", default=[2048], nargs="+", **number, help="tokens of a step; several: one after another"
+    )
+    parser.add_argument("--steps", default=10, **number, help="timed steps of each variant (default: 10)")
+    parser.add_argument("--warmup", default=2, **number, help="steps before them (default: 2)")
+    names = [*RIVALS, *VARIANTS]
+    parser.add_argument(
+        "--variants", default=DEFAULT, nargs="+", choices=names, metavar="NAME",
+        help=f"of {', '.join(names)}; the first is what the others' times are divided by (default: {' '.join(DEFAULT)})",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="NAME", help=f"name of the files in {FOLDER} (default: made from the sizes)")
+    parser.add_argument("--report", action="store_true", help="only write the README of the files that are there")
+    args = parser.parse_args()
+    if args.report:
+        return args, None
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        parser.error(f"needs several ranks. Run it as: {COMMAND}")
+    if args.layers < 2:
+        parser.error("--layers must be at least 2: what a layer saves is measured from one layer to the next")
+    if args.hidden % (2 * args.heads) or args.heads % args.kv_heads:
+        parser.error("--hidden must be a multiple of twice --heads, and --heads one of --kv-heads")
+    if any(tokens % ranks for tokens in args.tokens):
+        parser.error(f"--tokens must be multiples of the number of ranks, {ranks}")
+    config = Qwen2Config(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
+        max_position_embeddings=max(args.tokens), tie_word_embeddings=False, use_cache=False, dtype="float32",
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    try:
+        TPSPConfig(tp_size=ranks).check_model(config)
+    except ValueError as error:
+        parser.error(str(error))
+    args.out = args.out or f"h{args.hidden}_l{args.layers}_v{args.vocab}_t{'_'.join(map(str, args.tokens))}_n{ranks}"
+    return args, config
+
+
+def benchmark(args: argparse.Namespace, config: Qwen2Config, console: Console) -> dict:
+    """All ranks. Builds every variant and measures it at every number of tokens."""
+    ranks, first, described = dist.get_world_size(), dist.get_rank() == 0, machine()
+    known = [name for name in args.variants if name in RIVALS or choices_of(name, ranks)]
+    if skipped := set(args.variants) - set(known):
+        console.print(f"skipped, this hf_tpsp has no such choice: {', '.join(sorted(skipped))}")
+    with tempfile.TemporaryDirectory() if first else nullcontext() as folder:
+        if first:
+            torch.manual_seed(0)
+            Qwen2ForCausalLM(config).save_pretrained(folder)
+        shared = [folder]
+        dist.broadcast_object_list(shared)
+        models = {variant: build(variant, shared[0], ranks) for variant in known}
+        dist.barrier()
+    runs = []
+    for tokens in args.tokens:
+        console.print(f"{tokens} tokens ...")
+        runs.append(run(models, config, tokens, args))
+    return {
+        "name": args.out,
+        "options": shlex.join(sys.argv[1:]),
+        "ranks": ranks,
+        "base": known[0],
+        "rivals": RIVALS,
+        "choices": {name: asdict(choices) for name in known if (choices := choices_of(name, ranks))},
+        "steps": args.steps,
+        "machine": described,
+        "model": config.to_diff_dict(),
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    args, config = parse()
+    if args.report:
+        return report(None, Console())
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a failing rank leaves no temporary folder behind
+    PartialState(cpu=True)  # starts the gloo process group
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    first = dist.get_rank() == 0
+    console = Console(quiet=not first, width=max(Console().width, 170))
+    result = benchmark(args, config, console)
+    if first:
+        report(result, console)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
