@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-from .collectives import all_gather
+from .collectives import SEQUENCE, all_gather, all_gather_sequence, reduce_scatter_sequence
 
 CHUNK_BYTES = 64 * 2**20
 """Size of a chunk's fp32 logits on one rank. Large enough for matrix products to be efficient (2,048 tokens of a
@@ -51,7 +51,7 @@ class ChunkedHead:
 
     Args:
         mesh: the one-dimensional TP mesh.
-        placements: of the hidden states on it.
+        placements: of the hidden states on it, sharded over the sequence or replicated.
         shape: of the whole hidden states, `[..., hidden]`.
         vocab_size: rows of the whole head.
         pointwise: elementwise functions between head and loss (scale, softcap).
@@ -78,16 +78,17 @@ class ChunkedHead:
 
     def gather(self, hidden: Tensor) -> Tensor:
         """Local hidden states → all of them, `[tokens, hidden]`."""
-        stride = torch.empty(self.shape, device="meta").stride()
-        hidden = DTensor.from_local(
-            hidden, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride
-        )
-        return hidden.redistribute(placements=[Replicate()]).to_local().reshape(-1, self.shape[-1])
+        if self.placements == (SEQUENCE,):
+            hidden = all_gather_sequence(hidden, self.shape[1], self.mesh)
+        return hidden.reshape(-1, self.shape[-1])
 
     def scatter(self, partial: Tensor) -> Tensor:
         """One rank's term of a sum `[tokens, hidden]` → the sum, in the hidden states' own layout."""
-        partial = DTensor.from_local(partial.view(self.shape), self.mesh, [Partial()], run_check=False)
-        return partial.redistribute(placements=self.placements).to_local()
+        partial = partial.view(self.shape)
+        if self.placements == (SEQUENCE,):
+            return reduce_scatter_sequence(partial, self.mesh)
+        dist.all_reduce(partial, group=self.mesh.get_group())
+        return partial
 
     def chunks(self, hidden: Tensor) -> Iterator[slice]:
         """Slices of the tokens of `hidden` `[tokens, hidden]`, alike on every rank; the last may be shorter."""
@@ -217,7 +218,7 @@ class _SummedLoss(torch.autograd.Function):
                 if shaped is not None:
                     (grad,) = torch.autograd.grad(shaped, raw, grad.to(shaped.dtype))
                 grads.add(chunk, grad, full[chunk], weight)
-            del raw, shaped, x
+            raw = shaped = x = grad = None  # before the next chunk is made
         if grads is not None:
             ctx.grads = grads
             ctx.dtypes = hidden.dtype, weight.dtype
@@ -252,7 +253,7 @@ class _PerTokenLoss(torch.autograd.Function):
             _, lse, statistics = head.reduce(x, labels[chunk])
             parts.append(statistics)
             lses.append(lse)
-            del x
+            x = None  # before the next chunk is made
         ctx.head = head
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(lses))
         nll = torch.cat([p.nll for p in parts])
@@ -275,7 +276,7 @@ class _PerTokenLoss(torch.autograd.Function):
             if shaped is not None:
                 (grad,) = torch.autograd.grad(shaped, raw, grad.to(shaped.dtype))
             grads.add(chunk, grad, full[chunk], weight)
-            del raw, shaped, x
+            raw = shaped = x = grad = None  # before the next chunk is made
         return None if grads.hidden is None else head.scatter(grads.hidden), grads.weight, grads.bias, None, None
 
 

@@ -1,8 +1,9 @@
 """The collectives of the residual stream, and its ways between DTensor and plain tensor, as autograd functions.
 
 They do what `DTensor.redistribute`, `to_local` and `from_local` do for a stream `[batch, seq, hidden]` that is
-`Shard(1)`, without their bookkeeping: at small sizes that is a third of a training step. The functional form of the
-collectives is used because `torch.compile` can trace it and selective checkpointing can keep its results.
+`Shard(1)`, without their bookkeeping: at small sizes that is a third of a training step. `torch.compile` knows DTensor's
+own, and does its bookkeeping once. The collectives are in their functional form, whose results selective checkpointing
+can keep.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 SEQUENCE = Shard(1)
@@ -73,12 +74,40 @@ def _pad(x: Tensor, positions: int) -> Tensor:
     return F.pad(x, (*(0, 0) * (x.dim() - 2), 0, positions))
 
 
-class GatherSequence(torch.autograd.Function):
-    """Stream → plain full tensor, of which each rank uses its own columns. Backward sums the ranks' gradients.
+def gather_sequence(x: DTensor) -> Tensor:
+    """Stream → plain full tensor, of which each rank uses its own columns: its gradient is a term of a sum.
 
     Forward: all-gather. Backward: reduce-scatter.
     """
+    if torch.compiler.is_compiling():
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return _GatherSequence.apply(x)
 
+
+def scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Each rank's term of a sum → the sum, as a stream. Forward: reduce-scatter. Backward: all-gather."""
+    if torch.compiler.is_compiling():
+        return DTensor.from_local(partial, mesh, [Partial()], run_check=False).redistribute(placements=[SEQUENCE])
+    return _ScatterSequence.apply(partial, mesh)
+
+
+def to_local(x: DTensor) -> Tensor:
+    """DTensor → local tensor; the local gradient is laid out as the DTensor is. No collective."""
+    if torch.compiler.is_compiling():
+        return x.to_local(grad_placements=x.placements)
+    return _ToLocal.apply(x)
+
+
+def from_local(local: Tensor, like: DTensor) -> DTensor:
+    """Local tensor → the DTensor with the global shape and layout of `like`. No collective."""
+    if torch.compiler.is_compiling():
+        return DTensor.from_local(
+            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+    return _FromLocal.apply(local, like._spec)
+
+
+class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: DTensor) -> Tensor:
         ctx.spec = x._spec
@@ -89,9 +118,7 @@ class GatherSequence(torch.autograd.Function):
         return DTensor(reduce_scatter_sequence(grad, ctx.spec.mesh), ctx.spec, requires_grad=False)
 
 
-class ScatterSequence(torch.autograd.Function):
-    """Each rank's term of a sum → the sum, as a stream. Forward: reduce-scatter. Backward: all-gather."""
-
+class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, partial: Tensor, mesh: DeviceMesh) -> DTensor:
         ctx.spec = stream_spec(mesh, partial.shape, partial.dtype)
@@ -102,9 +129,7 @@ class ScatterSequence(torch.autograd.Function):
         return all_gather_sequence(_local(grad, ctx.spec), grad.shape[1], ctx.spec.mesh), None
 
 
-class ToLocal(torch.autograd.Function):
-    """DTensor → local tensor; the local gradient is laid out as the DTensor is. No collective."""
-
+class _ToLocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: DTensor) -> Tensor:
         ctx.spec = x._spec
@@ -115,9 +140,7 @@ class ToLocal(torch.autograd.Function):
         return DTensor(grad, ctx.spec, requires_grad=False)
 
 
-class FromLocal(torch.autograd.Function):
-    """Local tensor → the DTensor of `spec`. No collective."""
-
+class _FromLocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local: Tensor, spec: DTensorSpec) -> DTensor:
         ctx.spec = spec

@@ -42,6 +42,7 @@ class TPSPConfig:
             (the Trainer's `gradient_checkpointing=True` does the same); or `"selective"`, it also keeps the results of
             matrix products, attention and reduce-scatters, and runs the rest again. `regather_inputs` adds nothing to
             the latter two.
+        compile: Run each decoder layer through `torch.compile`: one graph, compiled once for layers that are alike.
         mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction.
             `TrainingArguments(bf16=True)` does the same.
         reshard_after_forward: Free a layer's gathered weights after forward and gather them again in backward (ZeRO-3);
@@ -55,6 +56,7 @@ class TPSPConfig:
     loss: str = "chunked"
     regather_inputs: bool = True
     activation_checkpointing: str = "none"
+    compile: bool = False
     mixed_precision: str = "no"
     reshard_after_forward: bool = True
 

@@ -16,12 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parallel
 from transformers import PreTrainedModel
 
 from . import compat
 from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
+from .collectives import SEQUENCE
 from .logits import LazyLogits
 
 IGNORE_INDEX = -100
@@ -183,6 +184,8 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, statistics: bool):
     """The head of `logits`, and its tensors: hidden states, weight and bias, as plain local ones."""
     hidden = logits.hidden
+    if hidden.placements != (SEQUENCE,):  # or replicated
+        hidden = hidden.redistribute(placements=[Replicate()])
     with logits.gathered():
         weight, bias = (
             None if p is None else p.to_local(grad_placements=p.placements)

@@ -99,6 +99,9 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     if config.activation_checkpointing != "none":
         selective = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
         model.activation_checkpointing_enable({"use_reentrant": False, **selective})
+    if config.compile:
+        for layer in decoder_layers(model)[1]:
+            layer.compile()
 
     from .loss import patch_loss
 

@@ -34,7 +34,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from . import recompute
-from .collectives import SEQUENCE, FromLocal, GatherSequence, ScatterSequence, ToLocal, all_gather_sequence
+from .collectives import SEQUENCE, all_gather_sequence, from_local, gather_sequence, scatter_sequence, to_local
 from .config import TPSPConfig
 from .logits import LazyLogits
 from .recompute import Recomputed, Region
@@ -68,6 +68,8 @@ class ReplicatedGradients:
 
     def local(self, param: DTensor) -> Tensor:
         """`param` as a plain tensor whose gradient is one rank's term of the sum."""
+        if torch.compiler.is_compiling():  # a compiled layer; the last norm, which is not in one, has armed by then
+            return param.to_local(grad_placements=param.placements)
         return _LocalReplica.apply(param, self)
 
     def arm(self) -> None:
@@ -199,7 +201,7 @@ class Style:
             elif self.is_partial(name):
                 local = gradients.local(param)
             else:
-                local = ToLocal.apply(param)
+                local = to_local(param)
             module._parameters[name] = local
         try:
             yield
@@ -209,7 +211,7 @@ class Style:
     def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
         """Sum the ranks' terms `[batch, seq, hidden]` into the stream: reduce-scatter, or all-reduce without SP."""
         if self.sequence_parallel:
-            return ScatterSequence.apply(partial, mesh)
+            return scatter_sequence(partial, mesh)
         return _ReduceFromRegion.apply(partial, mesh)
 
 
@@ -220,7 +222,7 @@ def enter_region(x: Any, mesh: DeviceMesh, sequence_parallel: bool) -> Any:
     """
     if isinstance(x, DTensor):
         if x.placements == (SEQUENCE,):
-            return GatherSequence.apply(x)
+            return gather_sequence(x)
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     if not sequence_parallel and isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
         return _CopyToRegion.apply(x, mesh)
@@ -305,14 +307,13 @@ class Norm(Style):
 
     def run(self, module, inner, gradients, args, kwargs):
         x, *rest = args
-        spec = x._spec if isinstance(x, DTensor) else None
-        local = x if spec is None else ToLocal.apply(x)
+        local = to_local(x) if isinstance(x, DTensor) else x
         with self.local_parameters(module, gradients):
             if self.regather_inputs and not rest and not kwargs and recompute.is_active():
                 out = recomputed(module, inner, local)
             else:
                 out = inner(local, *rest, **kwargs)
-        return out if spec is None else FromLocal.apply(out, spec)
+        return from_local(out, x) if isinstance(x, DTensor) else out
 
 
 class Replica(Norm):
@@ -489,8 +490,8 @@ class Rowwise(Style):
         if (bias := module._parameters.get("bias")) is None:
             return out
         if not self.sequence_parallel:
-            return out + ToLocal.apply(bias)
-        return FromLocal.apply(ToLocal.apply(out) + gradients.local(bias), out._spec)
+            return out + to_local(bias)
+        return from_local(to_local(out) + gradients.local(bias), out)
 
 
 class Head(Style):

@@ -7,7 +7,7 @@ then take turns, step by step, so that whatever else the machine does meets them
 `zero_grad`. The default takes a quarter of an hour on two cores; `--hidden 64 --vocab 4000 --tokens 256`, seconds.
 
 Writes `recipes/benchmarks/NAME.json` and `NAME.png`, and the tables of all JSON files to `recipes/benchmarks/README.md`.
-Bytes are rank 0's, counted by `measure.py` in a step of its own, beside what they could be at the least where theory
+Bytes are rank 0's, counted by `hf_tpsp.measure` in a step of its own, beside what they could be at the least where theory
 says so: `saved_activation_bytes` and `collective_floor`.
 """
 
@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import PartialState
-from measure import RING_PASSES, collective_floor, measure_step, saved_activation_bytes, step, wire_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -47,6 +46,7 @@ from transformers.utils import logging
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
+from hf_tpsp.measure import RING_PASSES, collective_floor, measure_step, saved_activation_bytes, step, wire_bytes
 
 COMMAND = "torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 recipes/benchmark.py"
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -71,11 +71,8 @@ MIB = 2**20
 
 
 def choices_of(variant: str, ranks: int) -> TPSPConfig | None:
-    """The config of a variant of hf_tpsp; None for the others, and if this hf_tpsp has no such choice."""
-    try:
-        return TPSPConfig(tp_size=ranks, **VARIANTS[variant]) if variant in VARIANTS else None
-    except (TypeError, ValueError):
-        return None
+    """The config of a variant of hf_tpsp; None for the others."""
+    return TPSPConfig(tp_size=ranks, **VARIANTS[variant]) if variant in VARIANTS else None
 
 
 def build(variant: str, folder: str, ranks: int) -> nn.Module:
@@ -132,7 +129,7 @@ def run(models: dict[str, nn.Module], config: Qwen2Config, tokens: int, args: ar
         ratios = [time / base for time, base in zip(seconds[variant], seconds[first], strict=True)]
         found = {"step_seconds": statistics.median(seconds[variant]), "step_ratio": statistics.median(ratios)}
         choices = choices_of(variant, ranks)
-        if not VARIANTS.get(variant, {}).get("compile"):  # measure.py cannot see into compiled code
+        if not VARIANTS.get(variant, {}).get("compile"):  # hf_tpsp.measure cannot see into compiled code
             found |= measure_step(model, row(variant, ids))
             sent = found["collectives"]
             found["wire_bytes"] = wire_bytes(sent)
@@ -357,16 +354,13 @@ def parse() -> tuple[argparse.Namespace, Qwen2Config | None]:
 def benchmark(args: argparse.Namespace, config: Qwen2Config, console: Console) -> dict:
     """All ranks. Builds every variant and measures it at every number of tokens."""
     ranks, first, described = dist.get_world_size(), dist.get_rank() == 0, machine()
-    known = [name for name in args.variants if name in RIVALS or choices_of(name, ranks)]
-    if skipped := set(args.variants) - set(known):
-        console.print(f"skipped, this hf_tpsp has no such choice: {', '.join(sorted(skipped))}")
     with tempfile.TemporaryDirectory() if first else nullcontext() as folder:
         if first:
             torch.manual_seed(0)
             Qwen2ForCausalLM(config).save_pretrained(folder)
         shared = [folder]
         dist.broadcast_object_list(shared)
-        models = {variant: build(variant, shared[0], ranks) for variant in known}
+        models = {variant: build(variant, shared[0], ranks) for variant in args.variants}
         dist.barrier()
     runs = []
     for tokens in args.tokens:
@@ -376,9 +370,9 @@ def benchmark(args: argparse.Namespace, config: Qwen2Config, console: Console) -
         "name": args.out,
         "options": shlex.join(sys.argv[1:]),
         "ranks": ranks,
-        "base": known[0],
+        "base": args.variants[0],
         "rivals": RIVALS,
-        "choices": {name: asdict(choices) for name in known if (choices := choices_of(name, ranks))},
+        "choices": {name: asdict(choices) for name in args.variants if (choices := choices_of(name, ranks))},
         "steps": args.steps,
         "machine": described,
         "model": config.to_diff_dict(),
