@@ -193,16 +193,16 @@ class _Gradients:
                 for rows, columns in zip(self.weight.split(self.BLOCK), grad.split(self.BLOCK, dim=1), strict=True):
                     rows += columns.t() @ hidden
         if self.bias is not None:
-            self.bias += grad.sum(0)
+            self.bias += grad.sum(0, dtype=self.bias.dtype)
 
 
 class _SummedLoss(torch.autograd.Function):
-    """`weight * Σ nll`, a scalar. The gradients are formed in forward, one product for each of the three matrices, and
+    """`Σ nll / divisor`, a scalar. The gradients are formed in forward, one product for each of the three matrices, and
     only scaled in backward."""
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: ChunkedHead, labels: Tensor, scale: Tensor
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: ChunkedHead, labels: Tensor, divisor: Tensor
     ):
         full = head.gather(hidden)
         wanted = ctx.needs_input_grad[:3]
@@ -214,7 +214,7 @@ class _SummedLoss(torch.autograd.Function):
             part = statistics.nll.sum()
             total = part if total is None else total + part
             if grads is not None:
-                grad = head.gradient_(x, (maximum - lse).exp(), labels[chunk], scale.to(x.dtype))
+                grad = head.gradient_(x, (maximum - lse).exp(), labels[chunk], 1 / divisor.to(x.dtype))
                 if shaped is not None:
                     (grad,) = torch.autograd.grad(shaped, raw, grad.to(shaped.dtype))
                 grads.add(chunk, grad, full[chunk], weight)
@@ -224,7 +224,7 @@ class _SummedLoss(torch.autograd.Function):
             ctx.dtypes = hidden.dtype, weight.dtype
             if grads.hidden is not None:
                 grads.hidden = head.scatter(grads.hidden)
-        return total * scale
+        return total / divisor
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -280,9 +280,11 @@ class _PerTokenLoss(torch.autograd.Function):
         return None if grads.hidden is None else head.scatter(grads.hidden), grads.weight, grads.bias, None, None
 
 
-def summed_loss(head: ChunkedHead, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: Tensor):
-    """`scale * Σ nll` of `labels` `[tokens]`, a scalar. `hidden`, `weight` and `bias` are local tensors."""
-    return _SummedLoss.apply(hidden, weight, bias, head, labels, scale)
+def summed_loss(
+    head: ChunkedHead, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, divisor: Tensor
+):
+    """`Σ nll / divisor` of `labels` `[tokens]`, a scalar. `hidden`, `weight` and `bias` are local tensors."""
+    return _SummedLoss.apply(hidden, weight, bias, head, labels, divisor)
 
 
 def token_statistics(head: ChunkedHead, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):

@@ -42,7 +42,10 @@ class TPSPConfig:
             (the Trainer's `gradient_checkpointing=True` does the same); or `"selective"`, it also keeps the results of
             matrix products, attention and reduce-scatters, and runs the rest again. `regather_inputs` adds nothing to
             the latter two.
-        compile: Run each decoder layer through `torch.compile`: one graph, compiled once for layers that are alike.
+        compile: Run each decoder layer through `torch.compile`: one graph, compiled once for layers that are alike. The
+            compiler then decides what is kept for backward, in place of `regather_inputs`.
+        async_tp: With `compile`, let the compiler cut the gathers and reduce-scatters up and run them beside the matrix
+            products (torch's "async TP", over symmetric memory). CUDA only; untested on a GPU.
         mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction.
             `TrainingArguments(bf16=True)` does the same.
         reshard_after_forward: Free a layer's gathered weights after forward and gather them again in backward (ZeRO-3);
@@ -57,6 +60,7 @@ class TPSPConfig:
     regather_inputs: bool = True
     activation_checkpointing: str = "none"
     compile: bool = False
+    async_tp: bool = False
     mixed_precision: str = "no"
     reshard_after_forward: bool = True
 
@@ -73,6 +77,14 @@ class TPSPConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
 
+        if self.compile and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"compile=True does not combine with activation_checkpointing={self.activation_checkpointing!r}: a "
+                "checkpointed layer would run uncompiled. Leave one of them out."
+            )
+        if self.async_tp and not (self.compile and self.sequence_parallel):
+            raise ValueError("async_tp=True needs compile=True and sequence_parallel=True.")
+
     @property
     def dp_size(self) -> int:
         """Number of distinct batches per step: `dp_replicate_size * dp_shard_size`."""
@@ -86,7 +98,9 @@ class TPSPConfig:
     def from_accelerate(cls, **overrides) -> TPSPConfig:
         """The config of the preset that `accelerate launch` was given, read from the environment it exports.
 
-        `overrides` replace single fields. A process that was not launched as one of several gets all sizes 1.
+        The choices that accelerate does not know are read from `HF_TPSP_<FIELD>` (`HF_TPSP_COMPILE=true`), for scripts that
+        are run unmodified. `overrides` replace single fields. A process that was not launched as one of several gets all
+        sizes 1.
 
         Raises:
             ValueError: several ranks were launched without a `parallelism_config`, or with settings that hf_tpsp does
@@ -95,6 +109,7 @@ class TPSPConfig:
         unknown = overrides.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"TPSPConfig has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}.")
+        overrides = {**_choices_in_environment(cls), **overrides}
         if not environment_flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
             config = cls(**overrides)
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -184,6 +199,20 @@ class TPSPConfig:
                     f"{name}={size} of {model_config.model_type} leaves a rank without a row at tp_size={self.tp_size}; "
                     f"tp_size can be at most {most}."
                 )
+
+
+def _choices_in_environment(cls: type) -> dict[str, object]:
+    """The fields that `HF_TPSP_<FIELD>` sets, sizes of the mesh excepted. Raises `ValueError` for others."""
+    choices = {f"HF_TPSP_{f.name.upper()}": f for f in fields(cls) if f.type != "int"}
+    found = {}
+    for variable in (name for name in os.environ if name.startswith("HF_TPSP_")):
+        if variable not in choices:
+            raise ValueError(f"The environment sets {variable}; hf_tpsp reads {', '.join(choices)}.")
+        field, text = choices[variable], os.environ[variable]
+        if field.type == "bool" and text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{variable} must be true or false, got {text!r}.")
+        found[field.name] = environment_flag(variable) if field.type == "bool" else text
+    return found
 
 
 def check_launch_environment() -> None:

@@ -9,7 +9,8 @@ anybody else the ordinary head runs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +37,24 @@ METADATA = {
         )
     ),
 }  # fmt: skip
+
+
+_unread = contextvars.ContextVar("_unread", default=False)
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[None]:
+    """While inside, a model's lazy logits stay so, also where its caller would otherwise get whole ones."""
+    token = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
+
+
+def stay_unread() -> bool:
+    """Whether the caller is inside `unread`."""
+    return _unread.get()
 
 
 class LazyLogits(Tensor):

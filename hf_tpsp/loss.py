@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from . import compat
 from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
 from .collectives import SEQUENCE
-from .logits import LazyLogits
+from .logits import LazyLogits, stay_unread
 
 IGNORE_INDEX = -100
 
@@ -142,8 +142,8 @@ def vocab_parallel_cross_entropy(
         head, tensors = _chunked_head(logits, ignore_index, label_smoothing, statistics=False)
         if reduction == "none":
             return logits.hook(token_statistics(head, *tensors, flat).nll).view(labels.shape)
-        scale = valid.reciprocal() if reduction == "mean" else torch.ones_like(valid, dtype=torch.float32)
-        return logits.hook(summed_loss(head, *tensors, flat, scale))
+        divisor = valid if reduction == "mean" else torch.ones_like(valid)
+        return logits.hook(summed_loss(head, *tensors, flat, divisor))
     local = logits.to_local(grad_placements=logits.placements)
     loss = _VocabParallelCrossEntropy.apply(
         local.reshape(-1, local.shape[-1]), flat, logits.device_mesh, logits.shape[-1], ignore_index, label_smoothing
@@ -225,13 +225,14 @@ def causal_lm_loss(
 
 
 def patch_loss(model: PreTrainedModel) -> None:
-    """Give `model` the loss above. Logits of a call without labels and without gradients come back whole (generation);
+    """Give `model` the loss above, and no key-value cache in training. Logits of a call without labels and without gradients come back whole (generation);
     all others stay sharded, and `.full_tensor()`, called on every rank of the TP group, makes them whole."""
     model.loss_function = causal_lm_loss
     inner = model.forward
 
     def finish(logits, loss):
-        if not torch.is_grad_enabled() and loss is None and isinstance(logits, (LazyLogits, DTensor)):
+        whole = not torch.is_grad_enabled() and loss is None and not stay_unread()
+        if whole and isinstance(logits, (LazyLogits, DTensor)):
             return logits.full_tensor()
         if isinstance(logits, LazyLogits):
             logits.gathered = functools.partial(compat.gathered, model)
@@ -239,6 +240,8 @@ def patch_loss(model: PreTrainedModel) -> None:
 
     @functools.wraps(inner)
     def forward(*args, **kwargs):
+        if model.training and torch.is_grad_enabled():  # transformers would copy every key and value into a cache
+            kwargs.setdefault("use_cache", False)
         output = inner(*args, **kwargs)
         if isinstance(output, tuple):
             at = 0 if isinstance(output[0], (LazyLogits, DTensor)) else 1  # a loss, which is plain, comes first

@@ -277,10 +277,22 @@ def measure_step(model: PreTrainedModel, ids: Tensor) -> dict:
     }
 
 
+def saved_by_a_layer(model: PreTrainedModel, ids: Tensor) -> int:
+    """Bytes that a middle decoder layer keeps for backward, on this rank, from a forward alone; also on fake tensors."""
+    with TensorBytes() as held, moments_of(model, held) as moments:
+        stream = model.model(input_ids=ids).last_hidden_state
+        live = held.timeline()
+    del stream  # kept the graph until here
+    middle = (len(moments.layers) - 1) // 2
+    return live[moments.layers[middle + 1]] - live[moments.layers[middle]]
+
+
 # ---- the least that theory allows ------------------------------------------------------------------------------------
 
 
-def saved_activation_bytes(config: PreTrainedConfig, tokens: int, ranks: int, fused_activation: bool = False) -> float:
+def saved_activation_bytes(
+    config: PreTrainedConfig, tokens: int, ranks: int, itemsize: int = ITEM, fused_activation: bool = False
+) -> float:
     """Bytes of activations that one rank keeps of one decoder layer for backward, by Megatron's TP + SP scheme.
 
     Korthikanti et al. 2022 (arXiv 2205.05198), counted again for a gated MLP, grouped-query attention, no dropout and a
@@ -296,11 +308,11 @@ def saved_activation_bytes(config: PreTrainedConfig, tokens: int, ranks: int, fu
 
     With q = h: `(6 h + 2 kv + 4 f) / ranks`. Left out: the log-sum-exp of each token and head, the norms' factors.
     """
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     products = 3 if fused_activation else 4
     elements = 4 * config.hidden_size + 2 * q + 2 * kv + products * config.intermediate_size
-    return tokens * elements * ITEM / ranks
+    return tokens * elements * itemsize / ranks
 
 
 def collective_floor(config: PreTrainedConfig, tokens: int, choices: TPSPConfig) -> dict[str, Traffic]:

@@ -42,6 +42,11 @@ def is_parallelized(model: nn.Module) -> bool:
     return any("_tpsp" in vars(module) for module in model.modules())
 
 
+def parallelized_model(model: nn.Module) -> nn.Module:
+    """The model that `parallelize` was given, inside whatever wraps it."""
+    return next(module for module in model.modules() if "_tpsp" in vars(module))
+
+
 def build_mesh(config: TPSPConfig) -> DeviceMesh:
     """The `(dp_replicate, dp_shard, tp)` mesh over all ranks, starting the process group if nothing has yet.
 
@@ -77,6 +82,8 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         raise ValueError("This model is already parallelized.")
     compat.quiet_redistribute()
     mesh = build_mesh(config)
+    if config.async_tp and mesh.device_type != "cuda":
+        raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
     plan = plan_for(model, config)
     on_meta = any(p.is_meta for p in model.parameters())
     if not on_meta:
@@ -100,8 +107,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         selective = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
         model.activation_checkpointing_enable({"use_reentrant": False, **selective})
     if config.compile:
-        for layer in decoder_layers(model)[1]:
-            layer.compile()
+        _compile(model, mesh["tp"], config)
 
     from .loss import patch_loss
 
@@ -164,6 +170,18 @@ def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) ->
     model.register_forward_hook(reshard_after_eval)
     if config.mixed_precision == "bf16":
         compat.set_mixed_precision(model, torch.bfloat16)
+
+
+def _compile(model: PreTrainedModel, tp_mesh: DeviceMesh, config: TPSPConfig) -> None:
+    """Compile each decoder layer, with FSDP2's hooks around it. Nothing is compiled before the first forward."""
+    if config.async_tp:  # untested on a GPU
+        import torch._inductor.config as inductor
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        enable_symm_mem_for_group(tp_mesh.get_group().group_name)
+        inductor._micro_pipeline_tp = True
+    for layer in decoder_layers(model)[1]:
+        layer.compile()
 
 
 def full_state_dict(model: PreTrainedModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:

@@ -14,8 +14,10 @@ products, attention and reduce-scatters, and runs all else again.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -121,11 +123,28 @@ KEPT = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,  # a reduce-scatter on gloo
 }
-"""Results that `selective` checkpointing keeps."""
+"""Results that `selective` checkpointing keeps, but for those of `partial_product`."""
+
+
+_partial_product = contextvars.ContextVar("_partial_product", default=False)
+
+
+@contextlib.contextmanager
+def partial_product() -> Iterator[None]:
+    """While inside, matrix products are terms of a sum over the ranks: `tp` times as large as the sum, which is kept."""
+    if torch.compiler.is_compiling():  # nothing is checkpointed then
+        yield
+        return
+    token = _partial_product.set(True)
+    try:
+        yield
+    finally:
+        _partial_product.reset(token)
 
 
 def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = op in KEPT and not _partial_product.get()
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 selective_contexts = functools.partial(create_selective_checkpoint_contexts, _policy)

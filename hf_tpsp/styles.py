@@ -484,7 +484,7 @@ class Rowwise(Style):
         return name == "bias" and self.sequence_parallel
 
     def run(self, module, inner, gradients, args, kwargs):
-        with self.local_parameters(module, gradients, without=("bias",)):
+        with self.local_parameters(module, gradients, without=("bias",)), recompute.partial_product():
             partial = inner(*args, **kwargs)
         out = self.leave_region(partial, gradients.mesh)
         if (bias := module._parameters.get("bias")) is None:

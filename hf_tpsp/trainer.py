@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import transformers.trainer
@@ -19,14 +21,9 @@ from transformers.utils import logging
 from . import compat, loading
 from .config import TPSPConfig
 from .loss import patch_label_smoother
-from .parallelize import Parallelized, is_parallelized, parallelize
+from .parallelize import Parallelized, is_parallelized, parallelize, parallelized_model
 
 logger = logging.get_logger(__name__)
-
-
-def parallelized_model(model: nn.Module) -> nn.Module:
-    """The model that `parallelize` was given, inside whatever wraps it."""
-    return next(module for module in model.modules() if "_tpsp" in vars(module))
 
 
 class TPSPCallback(TrainerCallback):
@@ -48,11 +45,15 @@ class TPSPCallback(TrainerCallback):
         if self.config.world_size == 1 or model is None:
             return
         check_training_arguments(args)
+        if library_of(args) == "trl":
+            _install_once("trl")
         if not is_parallelized(model):
             parallelize(model, self.config)
         inner = parallelized_model(model)
         done: Parallelized = inner._tpsp
         check_accelerator(done.config)
+        if done.config.compile and args.gradient_checkpointing:
+            replace(done.config, activation_checkpointing="full")  # says why not
         check_parameters(model)
         bf16 = AcceleratorState().mixed_precision == "bf16"  # TrainingArguments(bf16=True), else what the preset says
         if bf16 and any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
@@ -68,14 +69,20 @@ class TPSPCallback(TrainerCallback):
             )
 
 
+TRL_CONFIGS = ("SFTConfig",)
+
+
+def library_of(args) -> str:
+    """The library that a trainer's arguments, or the class they derive from, belong to: "trl" or "transformers"."""
+    modules = [cls.__module__.partition(".")[0] for cls in type(args).__mro__]
+    return "trl" if "trl" in modules else "transformers"
+
+
 def check_training_arguments(args) -> None:
     """Refuse the `TrainingArguments` that would train something else than one process does. Raises `ValueError`."""
     problems = []
-    if type(args).__module__.partition(".")[0] == "trl":
-        problems.append(
-            f"{type(args).__name__}: TRL's trainers compute the loss from the whole head, past the sharded one; use "
-            "transformers' Trainer"
-        )
+    if library_of(args) == "trl" and type(args).__name__ not in TRL_CONFIGS:
+        problems.append(f"{type(args).__name__}: of TRL's trainers, those of {', '.join(TRL_CONFIGS)} are supported")
     if args.mixed_precision == "fp16":
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
     if args.auto_find_batch_size:
@@ -130,6 +137,7 @@ class Enabled:
 
     def __init__(self, config: TPSPConfig, undo: list[Callable[[], None]]):
         self.config = config
+        self.integrations: set[str] = set()
         self._undo = undo
 
     def disable(self) -> None:
@@ -200,6 +208,14 @@ def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
         undo.append(loading.install(config))
         undo.append(_add_callback(TPSPCallback(config)))
     return handle
+
+
+def _install_once(integration: str) -> None:
+    """Put an integration's patches in place, until `disable()`. Its library is imported by now."""
+    handle = _active[0]
+    if integration not in handle.integrations:
+        handle.integrations.add(integration)
+        handle._undo.append(importlib.import_module(f".integrations.{integration}", __package__).install())
 
 
 def _whole_predictions(original: Callable) -> Callable:

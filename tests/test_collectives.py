@@ -6,20 +6,10 @@ import models
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.debug import CommDebugMode
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-
-NAMES = {
-    "all_gather_into_tensor": "all-gather",
-    "all_to_all_single": "reduce-scatter",  # on gloo it is this and a sum: collectives.reduce_scatter
-    "reduce_scatter_tensor": "reduce-scatter",
-    "all_reduce": "all-reduce",
-    "allreduce_": "all-reduce",
-    "_allgather_base_": "FSDP all-gather",
-    "_reduce_scatter_base_": "FSDP reduce-scatter",
-}
+from hf_tpsp.measure import CollectiveBytes
 
 
 def count(model_type: str, layers: int, config: TPSPConfig) -> dict[str, int]:
@@ -30,46 +20,64 @@ def count(model_type: str, layers: int, config: TPSPConfig) -> dict[str, int]:
     data = models.batch(2, 17)
     model(**data).loss.backward()
     model.zero_grad()
-    with CommDebugMode() as mode:
+    with CollectiveBytes() as sent:
         model(**data).loss.backward()
-    counts = Counter()
-    for op, number in mode.get_comm_counts().items():
-        counts[NAMES[str(op).rsplit(".", 1)[-1]]] += number
-    return dict(counts)
+    counts = Counter({kind: traffic.count for kind, traffic in sent.traffic.items()})
+    counts["reduce-scatter"] += counts.pop("all-to-all", 0)  # what collectives.reduce_scatter is on gloo
+    return +counts
 
 
-# Fixed for any depth: the embedding and the head (one of each), the loss (3), all replicated gradients together (1).
-OUTSIDE = {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 4}
+def expected(layers: int, gathers: int, scatters: int, **more: int) -> dict[str, int]:
+    """Outside the layers: embedding and head (one gather and one scatter each), the loss (one gather), all replicated
+    gradients together (one all-reduce)."""
+    counts = {"all-gather": 3 + gathers * layers, "reduce-scatter": 2 + scatters * layers, "all-reduce": 1}
+    return {kind: number + more.get(kind, 0) for kind, number in counts.items()}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "per_layer"),
-    [("llama", 4), ("qwen3", 4), ("gemma2", 4), ("phi3", 5)],  # phi3: one more for its uneven packed projection
+    ("model_type", "extra"),
+    [("llama", 0), ("qwen3", 0), ("gemma2", 0), ("phi3", 1)],  # phi3: one more for its uneven packed projection
 )
 @pytest.mark.parametrize("layers", [2, 4])
-def test_sequence_parallel(ranks, model_type, per_layer, layers):
-    expected = {**OUTSIDE, "all-gather": 2 + per_layer * layers, "reduce-scatter": 2 + per_layer * layers}
-    assert ranks.run(2, count, model_type, layers, TPSPConfig(tp_size=2)) == [expected] * 2
+def test_sequence_parallel(ranks, model_type, extra, layers):
+    """Each layer gathers twice and scatters twice, the same in backward, and gathers its two inputs once more."""
+    found = ranks.run(2, count, model_type, layers, TPSPConfig(tp_size=2))
+    assert found == [expected(layers, 6 + extra, 4 + extra)] * 2
+
+
+def test_inputs_kept(ranks):
+    found = ranks.run(2, count, "llama", 3, TPSPConfig(tp_size=2, regather_inputs=False))
+    assert found == [expected(3, 4, 4)] * 2
+
+
+def test_torchs_loss_parallel(ranks):
+    """Three all-reduces for the loss in place of one all-gather."""
+    found = ranks.run(2, count, "llama", 2, TPSPConfig(tp_size=2, loss="loss_parallel"))
+    assert found == [expected(2, 6, 4, **{"all-gather": -1, "all-reduce": 3})] * 2
 
 
 def test_with_fsdp(ranks):
     """FSDP adds, per layer, an all-gather in forward, one in backward (not for the last layer) and a reduce-scatter;
     for the root one all-gather and one reduce-scatter."""
     found = ranks.run(4, count, "llama", 4, TPSPConfig(tp_size=2, dp_shard_size=2))
-    layers = {"all-gather": 18, "reduce-scatter": 18}
-    assert found == [{**OUTSIDE, **layers, "FSDP all-gather": 8, "FSDP reduce-scatter": 5}] * 4
+    assert found == [expected(4, 6, 4, **{"all-gather": 8, "reduce-scatter": 5})] * 4
 
 
 def test_activation_checkpointing_gathers_again(ranks):
     """Recomputing a layer repeats its two all-gathers and its first reduce-scatter; what comes after is not needed."""
     found = ranks.run(2, count, "llama", 3, TPSPConfig(tp_size=2, activation_checkpointing="full"))
-    assert found == [{**OUTSIDE, "all-gather": 2 + 6 * 3, "reduce-scatter": 2 + 5 * 3}] * 2
+    assert found == [expected(3, 6, 5)] * 2
+
+
+def test_selective_checkpointing_keeps_what_was_scattered(ranks):
+    found = ranks.run(2, count, "llama", 3, TPSPConfig(tp_size=2, activation_checkpointing="selective"))
+    assert found == [expected(3, 6, 4)] * 2
 
 
 def test_without_sequence_parallel(ranks):
     found = ranks.run(2, count, "llama", 2, TPSPConfig(tp_size=2, sequence_parallel=False))
-    # 4 per layer, 1 at the embedding, 1 at the head, 3 in the loss. Norms see the whole sequence: nothing to add up.
-    assert found == [{"all-reduce": 4 * 2 + 2 + 3}] * 2
+    # 4 per layer, 1 at the embedding, 1 at the head. Norms see the whole sequence: nothing to add up.
+    assert found == [{"all-reduce": 4 * 2 + 2, "all-gather": 1}] * 2
 
 
 def stream_layouts() -> dict[str, tuple]:

@@ -8,6 +8,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+import hf_tpsp
 from hf_tpsp import TPSPConfig
 from hf_tpsp.presets import FOLDER, SHIPPED, accelerate_config
 
@@ -25,6 +26,7 @@ def refused(call) -> str:
         ({"dp_shard_size": 2.0}, ["dp_shard_size", "2.0"]),
         ({"loss": "cross"}, ["loss", "'loss_parallel'", "'cross'"]),
         ({"activation_checkpointing": True}, ["activation_checkpointing", "'full'", "True"]),
+        ({"compile": True, "activation_checkpointing": "full"}, ["compile=True", "'full'", "uncompiled"]),
         ({"mixed_precision": "fp16"}, ["mixed_precision", "'bf16'", "'fp16'"]),
     ],
 )
@@ -56,7 +58,7 @@ def test_model():
 def environment(monkeypatch):
     """An environment without accelerate's variables; returns a function that sets some."""
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")) or name == "WORLD_SIZE":
+        if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "HF_TPSP_")) or name == "WORLD_SIZE":
             monkeypatch.delenv(name)
 
     def set_all(values):
@@ -133,3 +135,25 @@ def test_configs_that_are_refused(environment, change, words):
     environment({**TPSPConfig(tp_size=2).environment(), **change})
     message = refused(TPSPConfig.from_accelerate)
     assert all(word in message for word in words), message
+
+
+def test_choices_in_the_environment(environment):
+    environment({"HF_TPSP_LOSS": "loss_parallel", "HF_TPSP_COMPILE": "true", "HF_TPSP_REGATHER_INPUTS": "0"})
+    config = TPSPConfig.from_accelerate(compile=False)
+    assert (config.loss, config.compile, config.regather_inputs) == ("loss_parallel", False, False)
+    environment({"HF_TPSP_LOSS": "chunk"})
+    assert "loss must be one of 'chunked', 'loss_parallel'" in refused(TPSPConfig.from_accelerate)
+    environment({"HF_TPSP_TP_SIZE": "2"})
+    assert "HF_TPSP_TP_SIZE" in refused(TPSPConfig.from_accelerate)
+    environment({"HF_TPSP_COMPILE": "maybe"})
+    assert "'maybe'" in refused(TPSPConfig.from_accelerate)
+
+
+def async_tp_on_the_cpu() -> str:
+    config = TPSPConfig(tp_size=2, async_tp=True, compile=True)
+    return refused(lambda: hf_tpsp.parallelize(models.build("qwen2"), config))
+
+
+def test_async_tp_needs_what_it_stands_on(ranks):
+    assert "compile=True" in refused(lambda: TPSPConfig(tp_size=2, async_tp=True))
+    assert "CUDA only; these ranks are on cpu" in ranks.run(2, async_tp_on_the_cpu)[0]

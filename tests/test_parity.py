@@ -1,5 +1,7 @@
 """Loss, every gradient and the weights after three steps, against one process. Sequence and loss parallel are on."""
 
+import functools
+
 import models
 import parity
 import pytest
@@ -104,9 +106,48 @@ def test_without_sequence_parallel(ranks, model_type):
     check(ranks, model_type, TPSPConfig(tp_size=2, dp_shard_size=2, sequence_parallel=False))
 
 
-@pytest.mark.parametrize("settings", [{"activation_checkpointing": "full"}, {"reshard_after_forward": False}], ids=str)
-def test_memory_settings(ranks, settings):
-    check(ranks, "qwen3", TPSPConfig(tp_size=2, dp_shard_size=2, **settings), accumulate=2)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "loss_parallel"},
+        {"regather_inputs": False},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "full"},
+        {"reshard_after_forward": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["qwen3", "phi3"])
+def test_choices(ranks, model_type, settings):
+    check(ranks, model_type, TPSPConfig(tp_size=2, dp_shard_size=2, **settings), accumulate=2)
+
+
+def compiled(backend: str, model_type: str, config: TPSPConfig, **case) -> dict:
+    """`parity.compare` with the decoder layers compiled by `backend`."""
+    original = torch.nn.Module.compile
+    torch.nn.Module.compile = functools.partialmethod(original, backend=backend)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        errors = parity.compare(model_type, config, steps=1, **case)
+    finally:
+        torch.nn.Module.compile = original
+    return {**errors, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "breaks": sum(torch._dynamo.utils.counters["graph_break"].values())}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "sequence_parallel"), [("llama", True), ("gemma2", False), ("phi3", True)])
+def test_compile(ranks, model_type, sequence_parallel):
+    """Traced and differentiated by the compiler, run by PyTorch. All layers share one graph."""
+    config = TPSPConfig(tp_size=2, dp_shard_size=2, compile=True, sequence_parallel=sequence_parallel)
+    for errors in ranks.run(4, compiled, "aot_eager", model_type, config, settings={"num_hidden_layers": 4}):
+        assert errors["graphs"] == 1 and errors["breaks"] == 0, errors
+        assert errors["loss"] < 1e-5 and errors["grad"] < 1e-5 and errors["norm"] < 1e-5 and errors["weight"] < 1e-4
+
+
+def test_compile_with_inductor(ranks):
+    for errors in ranks.run(2, compiled, "inductor", "qwen2", TPSPConfig(tp_size=2, compile=True)):
+        assert errors["graphs"] and not errors["breaks"] and errors["loss"] < 1e-5 and errors["grad"] < 1e-5, errors
 
 
 def bf16_kl(model_type: str, initializer_range: float) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""One file for each library above transformers, each usable without the others."""
