@@ -240,7 +240,9 @@ def patch_loss(model: PreTrainedModel) -> None:
 
     @functools.wraps(inner)
     def forward(*args, **kwargs):
-        if model.training and torch.is_grad_enabled():  # transformers would copy every key and value into a cache
+        # In training transformers would copy every key and value into a cache. Left alone with `position_ids`, which it
+        # takes for packed rows only if there is no cache: that choice is the script's.
+        if model.training and torch.is_grad_enabled() and kwargs.get("position_ids") is None:
             kwargs.setdefault("use_cache", False)
         output = inner(*args, **kwargs)
         if isinstance(output, tuple):

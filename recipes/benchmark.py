@@ -77,9 +77,11 @@ def choices_of(variant: str, ranks: int) -> TPSPConfig | None:
 
 def build(variant: str, folder: str, ranks: int) -> nn.Module:
     """The model in `folder`, sharded as `variant` says."""
-    if variant == "native":
+    if variant == "native" and ranks > 1:
         return Qwen2ForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=ranks)).train()
     model = Qwen2ForCausalLM.from_pretrained(folder).train()
+    if variant == "native":  # of one rank: the plain model
+        return model
     if variant == "fsdp2":
         mesh = init_device_mesh("cpu", (ranks,))
         for part in (*model.model.layers, model):
@@ -329,8 +331,8 @@ def parse() -> tuple[argparse.Namespace, Qwen2Config | None]:
     if args.report:
         return args, None
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        parser.error(f"needs several ranks. Run it as: {COMMAND}")
+    if "RANK" not in os.environ:
+        parser.error(f"needs a launcher. Run it as: {COMMAND}")
     if args.layers < 2:
         parser.error("--layers must be at least 2: what a layer saves is measured from one layer to the next")
     if args.hidden % (2 * args.heads) or args.heads % args.kv_heads:

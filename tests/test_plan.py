@@ -34,9 +34,11 @@ def test_qwen3():
         "model.layers.*.mlp.gate_proj": "colwise",
         "model.layers.*.mlp.up_proj": "colwise",
         "model.layers.*.mlp.down_proj": "rowwise",
+        "model.layers.*.mlp.act_fn": "activation",
         "model.norm": "norm",
-        "lm_head": "head",
+        "lm_head": "lazy_head",
     }
+    assert plan_for(on_meta("qwen3"), TPSPConfig(tp_size=2, loss="loss_parallel"))["lm_head"] == "head"
 
 
 def test_phi3_packed_projections():
@@ -97,10 +99,10 @@ def test_cli_table(tmp_path, capsys):
     main(["plan", str(tmp_path), "--tp", "2"])
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:6]] for cells in lines}
-    assert rows["model.layers.*.mlp"] == ["Phi3MLP", "gather", "all-gather", "reduce-scatter"]
+    assert rows["model.layers.*.mlp"] == ["Phi3MLP", "gather", "all-gather", "all-gather, reduce-scatter"]
     assert rows["model.layers.*.mlp.down_proj"] == ["Linear", "rowwise", "reduce-scatter", "all-gather"]
     assert rows["model.norm"] == ["Phi3RMSNorm", "norm", "-", "-"]
-    assert rows["lm_head"] == ["Linear", "head", "all-gather", "reduce-scatter"]
+    assert rows["lm_head"] == ["Linear", "lazy_head", "all-gather", "reduce-scatter"]
     main(["plan", str(tmp_path), "--no-sequence-parallel"])
     assert "all-reduce" in capsys.readouterr().out
 

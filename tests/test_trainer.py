@@ -239,14 +239,14 @@ def refusals(model: str, out: str) -> dict[str, str]:
 
     note("auto_find_batch_size", auto_find_batch_size=True)
     note("fsdp", fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
-    SFTConfig = type("SFTConfig", (TrainingArguments,), {"__module__": "trl.trainer.sft_config"})
+    GRPOConfig = type("GRPOConfig", (TrainingArguments,), {"__module__": "trl.trainer.grpo_config"})
 
     with hf_tpsp.enable(TPSPConfig(tp_size=2)):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         loaded.model.layers[0].adapter = torch.nn.Linear(4, 4)
         for name, trainer in (
             ("adapter", lambda: Trainer(loaded, TrainingArguments(out, use_cpu=True))),
-            ("trl", lambda: hf_tpsp.trainer.check_training_arguments(SFTConfig(out, use_cpu=True, bf16=False))),
+            ("trl", lambda: hf_tpsp.trainer.check_training_arguments(GRPOConfig(out, use_cpu=True, bf16=False))),
         ):
             with pytest.raises(ValueError) as error:
                 trainer()
@@ -266,7 +266,7 @@ def test_refusals(ranks, tiny, tmp_path):
     assert "auto_find_batch_size=True" in texts["auto_find_batch_size"]
     assert "TRANSFORMER_BASED_WRAP" in texts["fsdp"] and "leave `fsdp` out" in texts["fsdp"]
     assert "model.layers.0.adapter.weight, model.layers.0.adapter.bias" in texts["adapter"]
-    assert "SFTConfig: TRL's trainers" in texts["trl"]
+    assert "GRPOConfig: of TRL's trainers, those of SFTConfig" in texts["trl"]
     assert "(1, 2)" in texts["another mesh"] and "(2, 1)" in texts["another mesh"]
 
 
