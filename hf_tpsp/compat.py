@@ -169,11 +169,13 @@ def _patch_save_model(original):
 
     @functools.wraps(original)
     def save_model(self, output_dir=None, _internal_call=False):
+        from .integrations.peft import adapter_state_dict, is_adapted
         from .parallelize import full_state_dict, is_parallelized
 
         if _internal_call or not is_parallelized(self.model):
             return original(self, output_dir, _internal_call)
-        self._save(output_dir, state_dict=full_state_dict(self.model))
+        state_dict = adapter_state_dict(self.model) if is_adapted(self.model) else full_state_dict(self.model)
+        self._save(output_dir, state_dict=state_dict)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None

@@ -35,6 +35,7 @@ class Parallelized:
     config: TPSPConfig
     mesh: DeviceMesh
     plan: dict[str, str]
+    gradients: ReplicatedGradients
 
 
 def is_parallelized(model: nn.Module) -> bool:
@@ -80,6 +81,10 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     """
     if is_parallelized(model):
         raise ValueError("This model is already parallelized.")
+    from .integrations.peft import is_adapted, parallelize_adapted
+
+    if is_adapted(model):
+        return parallelize_adapted(model, config)
     compat.quiet_redistribute()
     mesh = build_mesh(config)
     if config.async_tp and mesh.device_type != "cuda":
@@ -99,7 +104,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     compat.index_sharded_parameters(model)
 
     # Placed on the instance, so a model that is not ours is never touched.
-    model._tpsp = Parallelized(config, mesh, plan)
+    model._tpsp = Parallelized(config, mesh, plan, gradients)
     model._tp_plan = plan
     model.gather_sharded_state_dict_for_save = types.MethodType(_gather_for_save, model)
     model.resize_token_embeddings = _refuse_resize

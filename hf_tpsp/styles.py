@@ -47,30 +47,57 @@ class ReplicatedGradients:
     flat buffer for the whole model. Gradients that were there before this backward are set aside meanwhile and added
     back, so that accumulating over several backwards counts each of them once. A backward under FSDP's
     `set_requires_gradient_sync(False)` leaves no `.grad`, and then nothing is reduced until the one that does.
+
+    Adapters, which FSDP does not manage, are also averaged over data parallelism here, in one more all-reduce.
     """
 
     def __init__(self, mesh: DeviceMesh):
         self.mesh = mesh
-        self.owners: list[tuple[nn.Module, str]] = []
+        self._sums: list[tuple[nn.Module, str]] = []  # whose gradients are terms of a sum over the TP ranks
+        self._adapters: list[tuple[nn.Module, str]] = []
+        self._averages: list[dist.ProcessGroup] = []  # of data parallelism, for the adapters
         self._graph_task = -1
         self._set_aside: list[tuple[nn.Parameter, DTensor]] = []
 
     def register(self, module: nn.Module, name: str) -> None:
         """Have `module`'s parameter `name` reduced. Called while the plan is applied."""
-        self.owners.append((module, name))
+        self._sums.append((module, name))
 
-    def parameters(self) -> list[nn.Parameter]:
+    def register_adapter(self, module: nn.Module, name: str, is_sum: bool) -> None:
+        """Have a parameter that FSDP does not manage averaged over data parallelism, and, if `is_sum`, reduced."""
+        self._adapters.append((module, name))
+        if is_sum:
+            self.register(module, name)
+
+    def adapters_to(self, dtype: torch.dtype) -> None:
+        """Cast the adapters, before an optimizer is made."""
+        for module, name in self._adapters:
+            if (param := module._parameters[name]).dtype != dtype:
+                module._parameters[name] = nn.Parameter(param.detach().to(dtype), requires_grad=param.requires_grad)
+
+    def average_over(self, mesh: DeviceMesh) -> None:
+        """Average the adapters' gradients over the data-parallel dims of `mesh`."""
+        dims = [dim for dim in ("dp_shard", "dp_replicate") if mesh[dim].size() > 1]
+        self._averages = [mesh[dim].get_group() for dim in dims]
+
+    @staticmethod
+    def _parameters(owners: list[tuple[nn.Module, str]]) -> list[nn.Parameter]:
         """The parameters as the optimizer knows them, whichever way FSDP holds the modules' own just now."""
         from .compat import sharded_parameter
 
-        unique = {id(p): p for module, name in self.owners if (p := sharded_parameter(module, name)) is not None}
+        unique = {id(p): p for module, name in owners if (p := sharded_parameter(module, name)) is not None}
         return list(unique.values())
 
     def local(self, param: DTensor) -> Tensor:
         """`param` as a plain tensor whose gradient is one rank's term of the sum."""
-        if torch.compiler.is_compiling():  # a compiled layer; the last norm, which is not in one, has armed by then
+        if torch.compiler.is_compiling():  # a compiled layer; the head has armed by then
             return param.to_local(grad_placements=param.placements)
         return _LocalReplica.apply(param, self)
+
+    def arm_with(self, hidden: Tensor) -> None:
+        """Arm when the gradient arrives at what the head was given."""
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: self.arm())
 
     def arm(self) -> None:
         """Arrange for the reduction at the end of the running backward. Called when its first term is there."""
@@ -79,7 +106,7 @@ class ReplicatedGradients:
             return
         self._restore()  # a backward that raised never came to its end
         self._graph_task = task
-        for param in self.parameters():
+        for param in self._parameters(self._sums + self._adapters):
             if param.grad is not None:
                 self._set_aside.append((param, param.grad))
                 param.grad = None
@@ -87,12 +114,9 @@ class ReplicatedGradients:
         torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
 
     def _reduce(self) -> None:
-        grads = [p.grad._local_tensor for p in self.parameters() if p.grad is not None]
-        if grads:
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat, group=self.mesh.get_group())
-            for grad, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(reduced.view_as(grad))
+        _all_reduce(self._parameters(self._sums), self.mesh.get_group())
+        for group in self._averages:
+            _all_reduce(self._parameters(self._adapters), group, average=True)
         self._restore()
         self._graph_task = -1
 
@@ -100,6 +124,19 @@ class ReplicatedGradients:
         for param, earlier in self._set_aside:
             param.grad = earlier if param.grad is None else param.grad.add_(earlier)
         self._set_aside = []
+
+
+def _all_reduce(parameters: list[nn.Parameter], group: dist.ProcessGroup, average: bool = False) -> None:
+    """Sum or average the gradients of `parameters` over `group`, in place, in one flat buffer."""
+    grads = [p.grad._local_tensor for p in parameters if p.grad is not None]
+    if not grads:
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, group=group)
+    if average:
+        flat /= group.size()
+    for grad, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(reduced.view_as(grad))
 
 
 class _LocalReplica(torch.autograd.Function):
@@ -180,6 +217,7 @@ class Style:
                 module._parameters[name] = nn.Parameter(value, requires_grad=param.requires_grad)
 
     def install(self, module: nn.Module, gradients: ReplicatedGradients) -> None:
+        module._tpsp_style = self
         inner = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -486,12 +524,50 @@ class Rowwise(Style):
     def run(self, module, inner, gradients, args, kwargs):
         with self.local_parameters(module, gradients, without=("bias",)), recompute.partial_product():
             partial = inner(*args, **kwargs)
+        return partial if vars(module).get("_tpsp_adapted") else self.leave(module, partial, gradients)
+
+    def leave(self, module: nn.Module, partial: Tensor, gradients: ReplicatedGradients) -> Tensor:
         out = self.leave_region(partial, gradients.mesh)
         if (bias := module._parameters.get("bias")) is None:
             return out
         if not self.sequence_parallel:
             return out + to_local(bias)
         return from_local(to_local(out) + gradients.local(bias), out)
+
+    def install_around(self, adapted: nn.Module, module: nn.Module, gradients: ReplicatedGradients) -> None:
+        """Have `adapted`, which adds another term to `module`'s output, close the region in `module`'s place."""
+        module._tpsp_adapted = True
+        inner = adapted.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return self.leave(module, inner(*args, **kwargs), gradients)
+
+        adapted.forward = forward
+
+
+class Adapter(Style):
+    """One matrix of a low-rank adapter, inside the region of the layer it adapts. No collective on activations.
+
+    Args:
+        of: the layout of the adapted layer.
+        placement: of the weight on the TP ranks.
+        is_sum: whether the ranks' gradients are terms of a sum.
+        rows: of the weight, those that this rank computes; None for all that it has.
+    """
+
+    def __init__(self, of: Style, placement: Placement, is_sum: bool = False, rows: Tensor | None = None):
+        self.sequence_parallel, self.regather_inputs = of.sequence_parallel, of.regather_inputs
+        self._placement, self.is_sum, self.rows = placement, is_sum, rows
+
+    def placement(self, module, name, param):
+        return self._placement
+
+    def is_partial(self, name):
+        return True  # FSDP does not reduce it, whatever its layout
+
+    def run(self, module, inner, gradients, args, kwargs):
+        out = super().run(module, inner, gradients, args, kwargs)
+        return out if self.rows is None else out.index_select(-1, self.rows.to(out.device))
 
 
 class Head(Style):
@@ -509,6 +585,7 @@ class Head(Style):
         return Shard(0)
 
     def run(self, module, inner, gradients, args, kwargs):
+        gradients.arm_with(args[0])
         hidden = enter_region(args[0], gradients.mesh, self.sequence_parallel)
         with self.local_parameters(module, gradients):
             logits = inner(hidden)
@@ -524,6 +601,7 @@ class LazyHead(Head):
 
     def run(self, module, inner, gradients, args, kwargs):
         (hidden,) = args
+        gradients.arm_with(hidden)
         if not isinstance(hidden, DTensor):  # without SP the stream is plain
             hidden = DTensor.from_local(hidden, gradients.mesh, [Replicate()], run_check=False)
         run_head = super().run

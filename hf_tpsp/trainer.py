@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from . import compat, loading
 from .config import TPSPConfig
+from .integrations import peft
 from .loss import patch_label_smoother
 from .parallelize import Parallelized, is_parallelized, parallelize, parallelized_model
 
@@ -56,10 +57,8 @@ class TPSPCallback(TrainerCallback):
             replace(done.config, activation_checkpointing="full")  # says why not
         check_parameters(model)
         bf16 = AcceleratorState().mixed_precision == "bf16"  # TrainingArguments(bf16=True), else what the preset says
-        if bf16 and any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
-            # accelerate would cast only the outer dtype of a DTensor: fp32 masters are made here.
-            logger.info("hf_tpsp: bf16 training keeps fp32 master weights; the model is cast to fp32.")
-            model.float()
+        if bf16:
+            keep_fp32_masters(model)
         compat.set_mixed_precision(inner, torch.bfloat16 if bf16 else None)
         if state.is_world_process_zero:
             c = done.config
@@ -67,6 +66,15 @@ class TPSPCallback(TrainerCallback):
                 f"hf_tpsp: {type(inner).__name__} on dp_replicate {c.dp_replicate_size} x dp_shard {c.dp_shard_size} x "
                 f"tp {c.tp_size}, sequence parallel {'on' if c.sequence_parallel else 'off'}, loss {c.loss}"
             )
+
+
+def keep_fp32_masters(model: nn.Module) -> None:
+    """Cast what is trained to fp32: accelerate would cast only the outer dtype of a DTensor. Under adapters, the frozen
+    base stays as it is."""
+    parallelized_model(model)._tpsp.gradients.adapters_to(torch.float32)
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+        logger.info("hf_tpsp: bf16 training keeps fp32 master weights; the model is cast to fp32.")
+        model.float()
 
 
 TRL_CONFIGS = ("SFTConfig",)
@@ -105,7 +113,7 @@ def check_parameters(model: nn.Module) -> None:
         named = ", ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
         raise ValueError(
             f"These parameters were added to a model that is already sharded, and would train unsharded and unreduced: "
-            f"{named}. Adapters (peft) are not supported yet: train the model itself."
+            f"{named}. Of adapters, peft's LoRA is supported, added before the Trainer is made."
         )
 
 
@@ -195,6 +203,7 @@ def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
     undo = [
         _set_environment(config.environment()),
         compat.install(),
+        peft.install(),
         compat.replace(
             (LabelSmoother, "__call__", patch_label_smoother), (Trainer, "prediction_step", _whole_predictions)
         ),
