@@ -338,6 +338,7 @@ def collective_floor(config: PreTrainedConfig, tokens: int, choices: TPSPConfig)
         need("all-gather", 1, 2 * tokens * ranks * ITEM)
     else:  # maximum, sum of exponentials, the label's logit
         need("all-reduce", 3, tokens * ITEM)
+    need("all-gather", 1, 3 * 8 * ranks)  # the check that all ranks were fed the same batch
     need("all-reduce", 1, (2 * layers + 1) * config.hidden_size * ITEM)  # gradients of all norms
     return dict(floor)
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 
-from . import compat
+from . import compat, guard
 from .config import TPSPConfig, environment_flag
 from .plan import decoder_layers, plan_for, rule_for
 from .recompute import selective_contexts
@@ -117,6 +117,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     from .loss import patch_loss
 
     patch_loss(model)
+    guard.install(model, mesh["tp"])
     return model
 
 

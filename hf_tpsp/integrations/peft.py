@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -57,9 +57,12 @@ def _patch_features(original: Callable) -> Callable:
 
 def _patch_init(original: Callable) -> Callable:
     @functools.wraps(original)
-    def __init__(self, model, *args, **kwargs):
-        original(self, model, *args, **kwargs)
-        if is_parallelized(model):
+    def __init__(self, model, peft_config, *args, **kwargs):
+        ours = is_parallelized(model)
+        if ours:
+            check_config(peft_config)
+        original(self, model, peft_config, *args, **kwargs)
+        if ours:
             shard_adapters(self)
 
     return __init__
@@ -77,9 +80,20 @@ def _patch_save_pretrained(original: Callable) -> Callable:
             state_dict = adapter_state_dict(self)
         if dist.get_rank() == 0:
             original(self, save_directory, *args, state_dict=state_dict, **kwargs)
-        dist.barrier()
 
     return save_pretrained
+
+
+def check_config(config: PeftConfig) -> None:
+    """Refuse the adapters that hf_tpsp cannot lay out. Raises `ValueError`."""
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"{config.peft_type.value} is not supported on a sharded model; use LoRA.")
+    for option in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"):
+        if getattr(config, option, None):
+            raise ValueError(
+                f"LoraConfig({option}={getattr(config, option)!r}) is not supported on a sharded model: hf_tpsp supports "
+                "LoRA and rsLoRA on the linear layers of the decoder layers. Leave it out."
+            )
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -113,6 +127,8 @@ def shard_adapters(model: PeftModel) -> None:
         ValueError: an adapter that is not plain LoRA on a linear layer inside the decoder layers.
     """
     base = parallelized_model(model)
+    for config in model.peft_config.values():
+        check_config(config)
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     styles = {name: _styles(name, module) for name, module in adapted.items()}
     owned = {id(p) for module in adapted.values() for p in module.parameters()}
@@ -154,11 +170,8 @@ def _styles(name: str, module: BaseTunerLayer) -> tuple[Adapter, Adapter]:
             f"{name} ({type(module).__name__} on a {type(base).__name__}) cannot be adapted on a sharded model: hf_tpsp "
             "supports LoRA on the linear layers of the decoder layers. Leave it out of `target_modules`."
         )
-    if any(variant is not None for variant in module.lora_variant.values()):
-        variant = next(type(v).__name__ for v in module.lora_variant.values() if v is not None)
-        raise ValueError(f"{name}: {variant} is not supported on a sharded model; use LoRA or rsLoRA.")
-    if any(module.lora_bias.values()):
-        raise ValueError(f"{name}: lora_bias=True is not supported on a sharded model; leave it out.")
+    if variants := [type(v).__name__ for v in module.lora_variant.values() if v is not None]:
+        raise ValueError(f"{name}: {variants[0]} is not supported on a sharded model; use LoRA or rsLoRA.")
     if isinstance(style, Rowwise):
         return Adapter(style, Shard(1)), Adapter(style, Replicate(), is_sum=True)
     split: Placement = Shard(0)

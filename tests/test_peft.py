@@ -1,0 +1,194 @@
+"""LoRA on sharded layers: gradients of the adapters, what is saved, and what is refused."""
+
+import models
+import parity
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.tensor import DTensor
+
+import hf_tpsp
+from hf_tpsp import TPSPConfig
+from hf_tpsp.measure import CollectiveBytes
+from hf_tpsp.parallelize import parallelized_model
+
+MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
+HSDP = TPSPConfig(tp_size=2, dp_replicate_size=2)
+
+
+def lora(**options) -> LoraConfig:
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return LoraConfig(**{**defaults, **options})
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """B starts at zero, which would hide A's gradient. The same values whatever the layout."""
+    generator = torch.Generator().manual_seed(3)
+    state = {
+        name: torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1
+        for name, parameter in model.named_parameters()
+        if "lora_B" in name
+    }
+    model.load_state_dict(state, strict=False)
+
+
+def adapted(model_type: str, config: TPSPConfig, first: str, dtype, **options):
+    """A model on the mesh with adapters, added after it was sharded, or before."""
+    with hf_tpsp.enable(config):
+        torch.manual_seed(5 if dist.get_rank() == 0 else 6)  # rank 0's adapters count
+        if first == "sharded":
+            model = hf_tpsp.parallelize(models.build(model_type, dtype=dtype), config)
+            torch.manual_seed(5 if dist.get_rank() == 0 else 6)
+            model = get_peft_model(model, lora(**options))
+        else:
+            base = models.build(model_type, dtype=dtype)
+            torch.manual_seed(5 if dist.get_rank() == 0 else 6)
+            model = hf_tpsp.parallelize(get_peft_model(base, lora(**options)), config)
+    return model
+
+
+def compare(model_type, config, first="sharded", dtype=torch.float32, **options) -> dict:
+    torch_mode = parity.KeepFp64() if dtype == torch.float64 else parity.contextlib.nullcontext()
+    with torch_mode:
+        return _compare(model_type, config, first, dtype, options)
+
+
+def _compare(model_type, config, first, dtype, options):
+    base = models.build(model_type, dtype=dtype)
+    torch.manual_seed(5)
+    reference = get_peft_model(base, lora(**options))
+    model = adapted(model_type, config, first, dtype, **options)
+    pairs = list(zip(reference.named_parameters(), model.named_parameters(), strict=True))
+    init = max(parity.relative(parity.full(b.detach()), a.detach()) for (_, a), (_, b) in pairs)
+    for part in (reference, model):
+        randomize(part)
+        part.train()
+    mesh = parallelized_model(model)._tpsp.mesh
+    optimizers = [torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
+                  for part in (reference, model)]  # fmt: skip
+    errors = {"init": init, "loss": 0.0, "grad": 0.0, "norm": 0.0, "weight": 0.0}
+    for step in range(3):
+        for micro in range(2):  # accumulated
+            data = models.batch(4, 17, seed=10 * step + micro)
+            items = (data["labels"][:, 1:] != -100).sum()
+            expected = reference(**data, num_items_in_batch=items).loss
+            expected.backward()
+            found = model(**parity.shard_batch(data, mesh), num_items_in_batch=items).loss
+            (found * config.dp_size).backward()
+            total = found.detach().double().clone()
+            dist.all_reduce(total)
+            errors["loss"] = max(errors["loss"], abs(total.item() / config.tp_size / expected.item() - 1))
+        for (name, a), (_, b) in pairs:
+            assert a.requires_grad == b.requires_grad == ("lora_" in name) and isinstance(b, DTensor), name
+            if a.grad is not None:
+                errors["grad"] = parity.larger(parity.relative(parity.full(b.grad), a.grad), errors["grad"])
+        norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0) for part in (reference, model)]
+        errors["norm"] = max(errors["norm"], abs(parity.full(norms[1]).item() / norms[0].item() - 1))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for (_, a), (_, b) in pairs:
+        errors["weight"] = max(errors["weight"], parity.relative(parity.full(b.detach()), a.detach()))
+    return errors
+
+
+@pytest.mark.parametrize("first", ["sharded", "adapted"])
+@pytest.mark.parametrize("config", [MESH_1x2, MESH_2x2, HSDP], ids=["1x2", "2x2", "hsdp"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_gradients(ranks, model_type, config, first):
+    for errors in ranks.run(config.world_size, compare, model_type, config, first):
+        assert errors["init"] == 0
+        assert max(errors["loss"], errors["grad"], errors["norm"]) < 1e-5 and errors["weight"] < 1e-4, errors
+
+
+def test_gradients_fp64(ranks):
+    for errors in ranks.run(4, compare, "qwen3", MESH_2x2, dtype=torch.float64):
+        assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}),
+        ({"sequence_parallel": False}, {}),
+        ({"activation_checkpointing": "full"}, {}),
+        ({"compile": True}, {}),
+    ],
+    ids=str,
+)
+def test_choices(ranks, settings, options):
+    config = TPSPConfig(tp_size=2, dp_shard_size=2, **settings)
+    for errors in ranks.run(4, compare, "qwen2", config, **options):
+        assert max(errors["loss"], errors["grad"], errors["norm"]) < 1e-5 and errors["weight"] < 1e-4, errors
+
+
+def collectives() -> dict[str, int]:
+    with hf_tpsp.enable(MESH_2x2):
+        model = get_peft_model(hf_tpsp.parallelize(models.build("llama"), MESH_2x2), lora())
+    model.train()
+    model(**models.batch(2, 17)).loss.backward()
+    with CollectiveBytes() as sent:
+        model(**models.batch(2, 17)).loss.backward()
+    return {kind: traffic.count for kind, traffic in sent.traffic.items()}
+
+
+def test_collectives(ranks):
+    """Two layers on a frozen base. All-gathers: the batch's check, the head and the loss (3); two in each layer, again in
+    backward, and of the gradients (12); FSDP's of the root and of the layers, of the first one twice (4). Reduce-scatters:
+    embedding and head (2), two in each layer (4), and of the gradients, but for the very first, which nobody needs (3).
+    All-reduces: the adapters' gradients over TP, and over data parallelism."""
+    assert ranks.run(4, collectives) == [{"all-gather": 19, "all-to-all": 9, "all-reduce": 2}] * 4
+
+
+def saved(folder: str) -> float:
+    """An adapter trained a little, saved, and merged by one process: largest difference of the logits."""
+    base = models.build("qwen2")
+    if dist.get_rank() == 0:
+        base.save_pretrained(f"{folder}/base")
+    model = adapted("qwen2", MESH_2x2, "sharded", torch.float32)
+    randomize(model)
+    data = models.batch(4, 17)
+    with torch.no_grad():
+        trained = model.eval()(input_ids=data["input_ids"]).logits
+    with hf_tpsp.enable(MESH_2x2):
+        model.save_pretrained(f"{folder}/adapter")
+    dist.barrier()
+    merged = PeftModel.from_pretrained(base, f"{folder}/adapter").merge_and_unload().eval()
+    with torch.no_grad():
+        expected = merged(input_ids=data["input_ids"]).logits
+        unadapted = models.build("qwen2").eval()(input_ids=data["input_ids"]).logits
+    assert parity.relative(unadapted, expected) > 1e-2
+    with hf_tpsp.enable(MESH_2x2):  # and read again, on the mesh
+        again = PeftModel.from_pretrained(hf_tpsp.parallelize(models.build("qwen2"), MESH_2x2), f"{folder}/adapter")
+    with torch.no_grad():
+        reread = again.eval()(input_ids=data["input_ids"]).logits
+    return max(parity.relative(trained, expected), parity.relative(reread, expected))
+
+
+def test_saved_adapter(ranks, tmp_path):
+    assert max(ranks.run(4, saved, str(tmp_path))) < 1e-5
+
+
+def refusals() -> dict[str, str]:
+    texts = {}
+    for name, options in {
+        "dora": {"use_dora": True},
+        "head": {"target_modules": ["lm_head"]},
+        "embedding": {"target_modules": ["embed_tokens"]},
+        "modules_to_save": {"modules_to_save": ["norm"]},
+        "bias": {"lora_bias": True},
+    }.items():
+        with hf_tpsp.enable(MESH_1x2), pytest.raises(ValueError) as error:
+            get_peft_model(hf_tpsp.parallelize(models.build("qwen2"), MESH_1x2), lora(**options))
+        texts[name] = str(error.value)
+    return texts
+
+
+def test_refusals(ranks):
+    texts = ranks.run(2, refusals)[0]
+    assert "use_dora=True" in texts["dora"] and "rsLoRA" in texts["dora"]
+    assert "lm_head" in texts["head"] and "target_modules" in texts["head"]
+    assert "embed_tokens" in texts["embedding"] and "target_modules" in texts["embedding"]
+    assert "modules_to_save" in texts["modules_to_save"]
+    assert "lora_bias=True" in texts["bias"]
