@@ -3,6 +3,8 @@ and the model would quietly train on a mixture."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ def install(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     """
     inner, calls = model.forward, 0
 
+    @functools.wraps(inner)  # the Trainer reads its signature
     def forward(*args, **kwargs):
         nonlocal calls
         given = {"input_ids": args[0] if args else None, **kwargs}

@@ -54,7 +54,10 @@ def main() -> None:
     mesh = accelerator.parallelism_config
     dp_size = mesh.data_parallel_size if mesh else accelerator.num_processes
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    loader = DataLoader(data, batch_size=args.batch // dp_size, shuffle=True, collate_fn=collate, drop_last=True)
+    order = torch.Generator().manual_seed(0)
+    loader = DataLoader(
+        data, batch_size=args.batch // dp_size, shuffle=True, generator=order, collate_fn=collate, drop_last=True
+    )
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
