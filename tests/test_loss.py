@@ -202,3 +202,19 @@ def test_logits_stay_reachable(ranks):
         assert max(result["errors"]) < 1e-5
         assert result["loss"] < 1e-5
         assert result["generated"]
+
+
+def generations(config: TPSPConfig) -> bool:
+    """Greedy, 32 tokens, rows padded on the left: one process and the mesh, each data-parallel rank its own rows."""
+    reference, model = models.build("qwen3").eval(), models.build("qwen3").eval()
+    hf_tpsp.parallelize(model, config)
+    data = models.batch(4, 9, padding="left")
+    del data["labels"]
+    options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
+    expected = parity.shard_batch({"out": reference.generate(**data, **options)}, model._tpsp.mesh)["out"]
+    return torch.equal(model.generate(**parity.shard_batch(data, model._tpsp.mesh), **options), expected)
+
+
+@pytest.mark.parametrize("config", [TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)], ids=["1x2", "2x2"])
+def test_generate(ranks, config):
+    assert all(ranks.run(config.world_size, generations, config))
