@@ -89,7 +89,7 @@ def library_of(args) -> str:
 def check_training_arguments(args) -> None:
     """Refuse the `TrainingArguments` that would train something else than one process does. Raises `ValueError`."""
     problems = []
-    if library_of(args) == "trl" and type(args).__name__ not in TRL_CONFIGS:
+    if library_of(args) == "trl" and not any(cls.__name__ in TRL_CONFIGS for cls in type(args).__mro__):
         problems.append(f"{type(args).__name__}: of TRL's trainers, those of {', '.join(TRL_CONFIGS)} are supported")
     if args.mixed_precision == "fp16":
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
