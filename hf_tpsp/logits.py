@@ -111,9 +111,11 @@ class LazyLogits(Tensor):
     def _noted(self, operation: Callable) -> LazyLogits:
         probe = operation(torch.empty(1, dtype=self.dtype, device="meta"))
         grad, pointwise = self.requires_grad, (*self.pointwise, operation)
-        return self._make(
+        noted = self._make(
             self.shape, probe.dtype, self.device, grad, self.hidden, self.head, self._run, pointwise, self._hooks
         )
+        noted.gathered = self.gathered
+        return noted
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

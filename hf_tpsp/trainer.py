@@ -95,6 +95,11 @@ def check_training_arguments(args) -> None:
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
     if args.auto_find_batch_size:
         problems.append("auto_find_batch_size=True would have to unshard the model; set per_device_train_batch_size")
+    if args.torch_compile:
+        problems.append(
+            "torch_compile=True would compile the whole model, hooks and all; leave it out and set HF_TPSP_COMPILE=true, "
+            "which compiles each decoder layer"
+        )
     if args.eval_use_gather_object:
         problems.append("eval_use_gather_object=True gathers every sample once per TP rank; leave it out")
     if args.fsdp:

@@ -294,7 +294,9 @@ def evaluation() -> dict:
     with torch.no_grad():
         expected, found = original(**data), model(**data)
         assert type(found.logits) is LazyLogits
+        halved = (found.logits / 2).full_tensor()
         whole = found.logits.full_tensor()
+        assert torch.equal(halved * 2, whole)
     sharded = all(p.to_local().numel() <= p.numel() // 2 for p in model.parameters() if p.dim() == 2)
     return {"error": parity.relative(whole, expected.logits), "sharded": sharded}
 

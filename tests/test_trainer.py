@@ -238,6 +238,7 @@ def refusals(model: str, out: str) -> dict[str, str]:
                 texts[name] = str(error)
 
     note("auto_find_batch_size", auto_find_batch_size=True)
+    note("torch_compile", torch_compile=True)
     note("fsdp", fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
     GRPOConfig = type("GRPOConfig", (TrainingArguments,), {"__module__": "trl.trainer.grpo_config"})
 
@@ -264,6 +265,7 @@ def refusals(model: str, out: str) -> dict[str, str]:
 def test_refusals(ranks, tiny, tmp_path):
     texts = ranks.run(2, refusals, tiny, str(tmp_path))[0]
     assert "auto_find_batch_size=True" in texts["auto_find_batch_size"]
+    assert "HF_TPSP_COMPILE=true" in texts["torch_compile"]
     assert "TRANSFORMER_BASED_WRAP" in texts["fsdp"] and "leave `fsdp` out" in texts["fsdp"]
     assert "model.layers.0.adapter.weight, model.layers.0.adapter.bias" in texts["adapter"]
     assert "GRPOConfig: of TRL's trainers, those of SFTConfig" in texts["trl"]
