@@ -1,14 +1,19 @@
 """The exact number of collectives, by kind: a feature that is switched off, or one collective too many, shows here."""
 
+import itertools
+import unittest.mock
 from collections import Counter
 
 import models
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
+from hf_tpsp.collectives import all_gather_sequence, reduce_scatter_sequence
 from hf_tpsp.measure import CollectiveBytes
 
 
@@ -119,3 +124,29 @@ def test_layouts(ranks):
         assert seen["model.layers.0.self_attn.q_proj"] == ("plain", (2, 17, 16))
         assert seen["logits"] == ((Shard(2),), (2, 17, 131), (66, 65)[rank])
         assert seen["loss"]
+
+
+def sequence_collectives() -> list[tuple]:
+    """Ours against DTensor's, forwards and adjoint, on even and odd lengths, shorter than the ranks too; and the
+    reduce-scatter of other backends, which gloo has as well, against gloo's."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    wrong = []
+    for batch, length in itertools.product((1, 3), (1, 2, 3, 8, 17)):
+        torch.manual_seed(0)
+        full = torch.randn(batch, length, 5)
+        shard = distribute_tensor(full, mesh, [Shard(1)]).to_local()
+        if not torch.equal(all_gather_sequence(shard, length, mesh), full):
+            wrong.append(("all-gather", batch, length))
+        partial = full * (dist.get_rank() + 1)
+        expected = DTensor.from_local(partial, mesh, [Partial()]).redistribute(placements=[Shard(1)]).to_local()
+        if not torch.allclose(reduce_scatter_sequence(partial, mesh), expected, rtol=1e-6):
+            wrong.append(("reduce-scatter", batch, length))
+        with unittest.mock.patch("torch.distributed.get_backend", return_value="nccl"):
+            if not torch.allclose(reduce_scatter_sequence(partial, mesh), expected, rtol=1e-6):
+                wrong.append(("reduce-scatter of other backends", batch, length))
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sequence_collectives(ranks, world):
+    assert ranks.run(world, sequence_collectives) == [[]] * world
