@@ -56,7 +56,7 @@ def check(batch: dict[str, Tensor | None], tp_mesh: DeviceMesh, step: int) -> No
         ranks = [dist.get_global_rank(tp_mesh.get_group(), i) for i in differs.any(1).nonzero().flatten().tolist()]
         first = dist.get_global_rank(tp_mesh.get_group(), 0)
         raise ValueError(
-            f"Forward {step}: {' and '.join(names)} of rank {', '.join(map(str, ranks))} {'is' if len(ranks) == 1 else 'are'} "
-            f"not that of rank {first}, in the same TP group. All ranks of a TP group must get the same batch: let accelerate "
+            f"Forward {step}: rank {', '.join(map(str, ranks))} got other {' and '.join(names)} than rank {first}, in the "
+            "same TP group. All ranks of a TP group must get the same batch: let accelerate "
             "deal the batches (prepare the DataLoader), and shuffle with the same seed on every rank."
         )
