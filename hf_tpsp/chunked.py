@@ -7,7 +7,7 @@ gradients of the logits are formed in place while the chunk is there:
     lse_r = log Σ_{v of rank r} exp x_v      lse = log Σ_r exp lse_r      nll = lse - x_label
     d nll / d x_v = exp(x_v - lse) - [v = label]
 
-Collectives, with sequence parallelism: one all-gather of the hidden states, one of 8 to 20 bytes per token in fp32 (8
+Collectives, with sequence parallelism: one all-gather of the hidden states, one of 8 to 16 bytes per token in fp32 (8
 for the loss alone, in as many pieces as there are chunks), one reduce-scatter of the hidden states' gradient.
 """
 
@@ -178,8 +178,13 @@ class _Gradients:
         self.weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
 
-    def add(self, chunk: slice, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Take in `grad` `[chunk, rows]` of the head's output."""
+    def add(
+        self, chunk: slice, grad: Tensor, raw: Tensor | None, shaped: Tensor | None, hidden: Tensor, weight: Tensor
+    ) -> None:
+        """Take in `grad` `[chunk, rows]` of the logits, first taking it back through what lies between `raw` and
+        `shaped` (`ChunkedHead.logits`)."""
+        if shaped is not None:
+            (grad,) = torch.autograd.grad(shaped, raw, grad.to(shaped.dtype))
         grad = grad.to(weight.dtype)
         if self.hidden is not None:
             if self.hidden.dtype == weight.dtype:
@@ -215,13 +220,10 @@ class _SummedLoss(torch.autograd.Function):
             total = part if total is None else total + part
             if grads is not None:
                 grad = head.gradient_(x, (maximum - lse).exp(), labels[chunk], 1 / divisor.to(x.dtype))
-                if shaped is not None:
-                    (grad,) = torch.autograd.grad(shaped, raw, grad.to(shaped.dtype))
-                grads.add(chunk, grad, full[chunk], weight)
+                grads.add(chunk, grad, raw, shaped, full[chunk], weight)
             raw = shaped = x = grad = None  # before the next chunk is made
         if grads is not None:
             ctx.grads = grads
-            ctx.dtypes = hidden.dtype, weight.dtype
             if grads.hidden is not None:
                 grads.hidden = head.scatter(grads.hidden)
         return total / divisor
@@ -273,9 +275,7 @@ class _PerTokenLoss(torch.autograd.Function):
             raw, shaped, x = head.logits(full[chunk], weight, bias, True)
             x.sub_(lse[chunk].unsqueeze(1)).exp_()
             grad = head.gradient_(x, torch.ones_like(lse[chunk]), labels[chunk], upstream[chunk])
-            if shaped is not None:
-                (grad,) = torch.autograd.grad(shaped, raw, grad.to(shaped.dtype))
-            grads.add(chunk, grad, full[chunk], weight)
+            grads.add(chunk, grad, raw, shaped, full[chunk], weight)
             raw = shaped = x = grad = None  # before the next chunk is made
         return None if grads.hidden is None else head.scatter(grads.hidden), grads.weight, grads.bias, None, None
 

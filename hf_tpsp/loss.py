@@ -225,8 +225,11 @@ def causal_lm_loss(
 
 
 def patch_loss(model: PreTrainedModel) -> None:
-    """Give `model` the loss above, and no key-value cache in training. Logits of a call without labels and without gradients come back whole (generation);
-    all others stay sharded, and `.full_tensor()`, called on every rank of the TP group, makes them whole."""
+    """Give `model` the loss above, and no key-value cache in training.
+
+    Logits of a call without labels and without gradients come back whole (generation); all others stay sharded, and
+    `.full_tensor()`, called on every rank of the TP group, makes them whole.
+    """
     model.loss_function = causal_lm_loss
     inner = model.forward
 

@@ -142,7 +142,7 @@ def test_collectives(ranks):
 
 
 def saved(folder: str) -> float:
-    """An adapter trained a little, saved, and merged by one process: largest difference of the logits."""
+    """A random adapter, saved, merged by one process, and read again on the mesh: largest difference of the logits."""
     base = models.build("qwen2")
     if dist.get_rank() == 0:
         base.save_pretrained(f"{folder}/base")

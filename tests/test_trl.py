@@ -100,7 +100,10 @@ def test_unmodified_script(ranks, work, tmp_path, case):
     data, options = CASES[case]
     expected, _ = run_script(work, str(tmp_path / "one"), data, 1, options)
     found, read = ranks.run(4, on_mesh, work, str(tmp_path / "mesh"), data, 2, options)[0]
-    assert read == (0 if case != "label smoothing" else read), "the whole head never runs"
+    if case == "label smoothing":  # its evaluation asks for whole logits
+        assert read > 0
+    else:
+        assert read == 0, "the whole head never runs"
     for names, entries in ((LOGGED, 10), (EVALUATED, 2)):
         for name in names:
             one, mesh = ([entry[name] for entry in log if names[0] in entry] for log in (expected, found))
