@@ -53,6 +53,13 @@ def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
     return summed if held == width else summed[:, :held].contiguous()
 
 
+def own_part(full: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`[batch, length, …]` → this rank's part of the sequence."""
+    width = -(-full.shape[1] // mesh.size())
+    start = min(full.shape[1], mesh.get_local_rank() * width)
+    return full[:, start : start + width].contiguous()
+
+
 def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """`[n, …]` → `[size * n, …]`, rank after rank."""
     return _ops.wait_tensor(_ops.all_gather_into_tensor(x, mesh.size(), mesh.get_group().group_name))
@@ -91,6 +98,23 @@ def scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> DTensor:
     return _ScatterSequence.apply(partial, mesh)
 
 
+def gather_whole(x: DTensor) -> Tensor:
+    """Stream → plain full tensor, of which every rank computes the same: its gradient is the same on all of them.
+
+    Forward: all-gather. Backward: none, each rank takes its own part.
+    """
+    if torch.compiler.is_compiling():
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
+    return _GatherWhole.apply(x)
+
+
+def slice_sequence(full: Tensor, mesh: DeviceMesh) -> DTensor:
+    """What every rank has whole → the stream. Forward: none, each rank keeps its own part. Backward: all-gather."""
+    if torch.compiler.is_compiling():
+        return DTensor.from_local(full, mesh, [Replicate()], run_check=False).redistribute(placements=[SEQUENCE])
+    return _SliceSequence.apply(full, mesh)
+
+
 def to_local(x: DTensor) -> Tensor:
     """DTensor → local tensor; the local gradient is laid out as the DTensor is. No collective."""
     if torch.compiler.is_compiling():
@@ -123,6 +147,28 @@ class _ScatterSequence(torch.autograd.Function):
     def forward(ctx, partial: Tensor, mesh: DeviceMesh) -> DTensor:
         ctx.spec = stream_spec(mesh, partial.shape, partial.dtype)
         return DTensor(reduce_scatter_sequence(partial, mesh), ctx.spec, requires_grad=False)
+
+    @staticmethod
+    def backward(ctx, grad: DTensor):
+        return all_gather_sequence(_local(grad, ctx.spec), grad.shape[1], ctx.spec.mesh), None
+
+
+class _GatherWhole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: DTensor) -> Tensor:
+        ctx.spec = x._spec
+        return all_gather_sequence(x._local_tensor, x.shape[1], x._spec.mesh)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return DTensor(own_part(grad, ctx.spec.mesh), ctx.spec, requires_grad=False)
+
+
+class _SliceSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, full: Tensor, mesh: DeviceMesh) -> DTensor:
+        ctx.spec = stream_spec(mesh, full.shape, full.dtype)
+        return DTensor(own_part(full, mesh), ctx.spec, requires_grad=False)
 
     @staticmethod
     def backward(ctx, grad: DTensor):

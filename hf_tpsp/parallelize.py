@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from . import compat, guard
 from .config import TPSPConfig, environment_flag
-from .plan import decoder_layers, plan_for, rule_for
+from .plan import decoder_layers, own_parameters, plan_for, rule_for
 from .recompute import selective_contexts
-from .styles import ReplicatedGradients, style_for
+from .styles import Block, Copy, ReplicatedGradients, Replica, style_for
+
+logger = logging.get_logger(__name__)
 
 MESH_DIMS = ("dp_replicate", "dp_shard", "tp")  # accelerate's names, by which it deals one batch to each TP group
 # One mesh per process group and shape: each mesh makes groups of its own.
@@ -90,6 +93,9 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     if config.async_tp and mesh.device_type != "cuda":
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
     plan = plan_for(model, config)
+    for note in plan.notes:
+        logger.warning_once(f"hf_tpsp: {type(model).__name__}: {note}.")
+    config = replace(config, sequence_parallel=plan.sequence_parallel)
     on_meta = any(p.is_meta for p in model.parameters())
     if not on_meta:
         _same_on_all_ranks(model, PartialState().device)
@@ -134,9 +140,15 @@ def _apply_plan(
 ) -> None:
     for name, module in list(model.named_modules()):
         if (rule := rule_for(name, plan)) is not None:
-            style = style_for(rule, config)
+            style = module._tpsp_style = style_for(rule, config)
+            own = {p: rule_for(f"{name}.{p}", plan) for p in own_parameters(module)}
+            style.parameter_rules = {p: rule for p, rule in own.items() if rule}
             style.shard(module, gradients)
             style.install(module, gradients)
+    for module in model.modules():
+        if isinstance(block := vars(module).get("_tpsp_style"), Block):
+            styles = ((part, vars(part).get("_tpsp_style")) for part in module.modules() if part is not module)
+            block.inside = [part for part, style in styles if type(style) in (Replica, Copy)]
 
 
 def _check_sharded(model: nn.Module) -> None:
@@ -152,10 +164,10 @@ def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) ->
     dp_mesh = mesh["dp_replicate", "dp_shard"] if config.dp_replicate_size > 1 else mesh["dp_shard"]
 
     def placement(param: nn.Parameter) -> Shard | None:
-        # A packed weight is strided over TP on its first dimension; FSDP takes the other one.
-        return Shard(1) if any(isinstance(p, _StridedShard) for p in param.placements) else None
+        # A packed weight may be strided over TP on its first dimension; FSDP takes the other one then.
+        return Shard(1) if any(isinstance(p, _StridedShard) and p.dim == 0 for p in param.placements) else None
 
-    _, layers = decoder_layers(model)
+    layers = decoder_layers(model)
     for index, layer in enumerate(layers):
         last = index == len(layers) - 1
         fully_shard(
@@ -186,7 +198,7 @@ def _compile(model: PreTrainedModel, tp_mesh: DeviceMesh, config: TPSPConfig) ->
 
         enable_symm_mem_for_group(tp_mesh.get_group().group_name)
         inductor._micro_pipeline_tp = True
-    for layer in decoder_layers(model)[1]:
+    for layer in decoder_layers(model):
         layer.compile()
 
 

@@ -1,41 +1,59 @@
-"""From a model to its plan: which style each module gets. Pure: no collectives, no devices, no weights read.
+"""From a model to its plan: which style each module gets. No collectives, no devices, no weights read.
 
-The plan is derived, not listed per model. transformers' own tensor-parallel plan says which linear layers open and
-close a block; the structure says the rest:
+The plan is derived, not listed per model, and proven before it is used (`prove.py`):
 
     base.embed_tokens            embedding         the residual stream begins, sharded over the sequence
     base.layers.0                enter             a stream that came from outside is cut here
     base.layers.*.<norm>         norm              children of a layer whose class is a norm run on the shards
-    base.layers.*.<other>        gather            every other child with parameters: a token mixer or an MLP
-    base.layers.*.<other>.…      colwise, rowwise, replica, packed_…   translated from transformers' plan
+    base.layers.*.<other>        gather, whole     every other child with parameters: a token mixer or an MLP
+    base.layers.*.<other>.…      colwise, rowwise, packed_…   where it is split
+                                 replica, copy     its other parameters
                                  activation        an activation function, which has no parameters
     base.norm                    norm
+    base.<other>, <other>        whole             what else the model computes beside its layers
     lm_head                      head, lazy_head   logits stay sharded over the vocabulary
+
+A block is split by the first layout whose ranks add up to the block, out of: transformers' own tensor-parallel plan; the
+linear layers that are fed what the block is fed, and the last one that it calls; each with what the forward may need to
+know of its share (`gather:heads`). If none does, every rank computes the block whole.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections import Counter
+from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
+from transformers.pytorch_utils import Conv1D
 
 from .config import TPSPConfig
-
-SPLIT_INPUT = "rowwise_split_input"
-# transformers' name of a rule inside a decoder layer → ours. A gathered output with a split input after it is a packed
-# projection (`packed_rule`).
-TRANSLATION = {
-    "colwise": "colwise",
-    "rowwise": "rowwise",
-    SPLIT_INPUT: "rowwise",
-    "replicated_with_grad_allreduce": "replica",
-}
+from .prove import Call, Twin
+from .styles import Block, features, is_norm
 
 # Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+
+NO_SEQUENCE_PARALLEL: dict[str, str] = {}
+"""Model type → why its residual stream cannot be sharded over the sequence, where the structure does not show it."""
+
+GATHERED, SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"  # of transformers
+
+
+class Plan(dict[str, str]):
+    """Module (or parameter) name, with `*` for layer numbers → name in `styles.STYLES`, with arguments after a colon.
+
+    Attributes:
+        sequence_parallel: whether the stream is sharded over the sequence.
+        notes: what is not as asked for, a sentence each.
+    """
+
+    def __init__(self, sequence_parallel: bool):
+        super().__init__()
+        self.sequence_parallel = sequence_parallel
+        self.notes: list[str] = []
 
 
 def wildcard(name: str) -> str:
@@ -44,123 +62,311 @@ def wildcard(name: str) -> str:
 
 
 def rule_for(name: str, plan: dict[str, str]) -> str | None:
-    """The style that `plan` gives the module `name`: its own rule, else its wildcard's."""
+    """The style that `plan` gives the module or parameter `name`: its own rule, else its wildcard's."""
     return plan.get(name) or plan.get(wildcard(name))
-
-
-def is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
 
 
 def own_parameters(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and module list of the decoder layers: where most of the rules of transformers' plan apply.
+def has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """Name → module list, of the decoder layers. One, but for models that run several stacks.
 
     Raises:
-        ValueError: the model has no tensor-parallel plan in transformers.
+        ValueError: the model has no list of layers.
     """
-    stems = Counter(rule.split(".*", 1)[0] for rule in (model.tp_plan or {}) if ".*" in rule)
-    for stem, _ in stems.most_common():
-        layers = dict(model.named_modules()).get(stem)
-        if isinstance(layers, nn.ModuleList):
-            return stem, layers
-    raise ValueError(
-        f"{type(model).__name__} has no tensor-parallel plan in transformers, so hf_tpsp does not know which of its "
-        "linear layers open and close a block. Train it with FSDP alone (tp_size=1 without hf_tpsp), or give its "
-        "config a `base_model_tp_plan`."
-    )
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else {id(m) for m in model.modules()}
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and id(module) in inside and has_parameters(module) and not nested:
+            lists[name] = module
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of layers that hf_tpsp could find. Train it with FSDP alone.")
+    sizes = {name: sum(p.numel() for p in layers.parameters()) for name, layers in lists.items()}
+    kinds = {type(layer) for layer in lists[max(sizes, key=sizes.get)]}
+    return {name: layers for name, layers in lists.items() if type(layers[0]) in kinds}
 
 
-def packed_rule(block: nn.Module, projection: nn.Linear, closing: nn.Linear, config: TPSPConfig) -> str:
-    """The rule of a linear layer that packs several projections, from the width `n` that its block's last layer takes.
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return list(itertools.chain.from_iterable(layer_lists(model).values()))
 
-    Gate and up are `(n, n)`; query, key and value are `(n, k, k)`.
-    """
-    n, total = closing.in_features, projection.out_features
-    is_attention = hasattr(block, "head_dim") or hasattr(block, "num_key_value_groups")
-    if is_attention and total > n and (total - n) % 2 == 0:
-        parts = (n, (total - n) // 2, (total - n) // 2)
-    elif total == 2 * n:
-        parts = (n, n)
-    else:
-        raise ValueError(f"{total} output features against {n} of the closing layer is not a packing known here.")
-    if any(part % config.tp_size for part in parts):
-        raise ValueError(f"tp_size={config.tp_size} does not divide the packed projections {parts} of {block}.")
+
+def packed_parts(block: nn.Module, total: int, inner: int) -> Iterator[tuple[int, ...]]:
+    """Ways in which `total` output features can be projections of which one has the `inner` ones of the closing layer."""
+    rest = total - inner
+    if total == 2 * inner:
+        yield inner, inner
+    if rest > 0 and rest % 2 == 0:
+        yield inner, rest // 2, rest // 2
+
+
+def packed_rule(parts: tuple[int, ...], projection: nn.Module, heads: int | None, config: TPSPConfig) -> str:
+    """The rule of a linear layer that holds projections of widths `parts`; `heads`: of the last two, if ranks share them."""
+    named = ",".join(f"{part}@{heads}" if heads and i else str(part) for i, part in enumerate(parts))
     # The strided layout of equal parts leaves FSDP only the input dimension, which it cannot shard unevenly.
-    even = len(set(parts)) == 1 and projection.bias is None and projection.in_features % config.dp_shard_size == 0
-    return f"{'packed_colwise' if even else 'packed_uneven'}:{','.join(map(str, parts))}"
+    even = len(set(parts)) == 1 and not heads and parts[0] % config.tp_size == 0
+    even = even and features(projection)[0] % config.dp_shard_size == 0
+    return f"{'packed_colwise' if even else 'colwise_gathered'}:{named}"
 
 
-def plan_for(model: PreTrainedModel, config: TPSPConfig) -> dict[str, str]:
+def own(block: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of the attributes `names` that the block, or its config, has."""
+    owners = [block, getattr(block, "config", None)]
+    return next((v for o in owners if o is not None for n in names if isinstance(v := getattr(o, n, None), int)), None)
+
+
+def layouts(block: nn.Module, native: dict[str, str], call: Call, config: TPSPConfig) -> Iterator[dict[str, str]]:
+    """The ways to split `block` that are worth a try, by name inside the block. The same number of them, in the same
+    order, for a block and for its small copy.
+
+    Args:
+        native: transformers' rules for what is inside the block, by name.
+        call: how the small copy was called.
+    """
+    inside = dict(block.named_modules())
+    linears = {name: inside[name] for name in call.linears if name in inside}
+    heads, kv_heads = own(block, Block.HEADS), own(block, Block.KV_HEADS)
+    shared = kv_heads if heads and kv_heads and kv_heads < min(heads, config.tp_size) else None
+    rest = {}
+    for name, module in inside.items():
+        if name and own_parameters(module):
+            rest[name] = "replica"
+        elif type(module) in ACTIVATIONS:
+            rest[name] = "activation"
+
+    def opening(name: str) -> str:
+        width, head_dim = features(inside[name])[1], own(block, ("head_dim",))
+        return f"colwise_gathered:{width}@{shared}" if shared and head_dim and width == shared * head_dim else "colwise"
+
+    bases = []
+    if native:
+        rules, packings = {}, [()]
+        closing = [n for n, rule in native.items() if rule == SPLIT_INPUT]
+        opened = [n for n, rule in native.items() if rule == GATHERED]
+        for name, rule in native.items():
+            if name in inside:
+                if rule == "colwise" and isinstance(inside[name], nn.Linear):
+                    rules[name] = opening(name)
+                elif rule in ("rowwise", SPLIT_INPUT):
+                    rules[name] = "rowwise"
+            elif rule == "rowwise" and not name.endswith("bias"):
+                rules[name] = "split:-1"
+            elif rule in ("packed_rowwise", "packed_colwise") and not name.endswith("bias"):
+                rules[name] = f"packed:{-1 if rule == 'packed_rowwise' else -2},2"
+            elif rule == "colwise":
+                rules[name] = "split:-2"
+        if len(closing) == 1 and len(opened) == 1:
+            total, inner = features(inside[opened[0]])[1], features(inside[closing[0]])[0]
+            for parts in packed_parts(block, total, inner):
+                bases.append({**rules, opened[0]: packed_rule(parts, inside[opened[0]], shared, config)})
+        gathered = {**dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_split")}
+        bases.append({**rules, **gathered})
+    elif linears:
+        *before, last = linears
+        closer, entries = linears[last], [n for n in before if call.linears[n]]
+        inner = features(closer)[0]
+        packed = [n for n in entries if features(linears[n])[1] > inner]
+        for parts in [None, *(packed_parts(block, features(linears[packed[0]])[1], inner) if len(packed) == 1 else ())]:
+            rules = {n: opening(n) for n in entries}
+            if parts:
+                rules[packed[0]] = packed_rule(parts, linears[packed[0]], shared, config)
+            bases.append({**rules, last: "rowwise"})
+
+    groups = ["groups"] if shared else []
+    for base in bases:
+        for variants in ([], ["heads"], ["heads", "widths"]):
+            for residual in ([], ["residual"]) if len(call.streams) > 1 else ([],):
+                named = ",".join([*variants, *groups, *residual])
+                yield {"": f"gather:{named}" if named else "gather", **rest, **base}
+
+
+def whole_layout(block: nn.Module, native: dict[str, str], call: Call | None) -> dict[str, str]:
+    """The layout of a block that every rank computes whole. Linear layers whose output transformers gathers stay split."""
+    rules = {"": "whole"}
+    for name, module in block.named_modules():
+        if name and own_parameters(module):
+            split = native.get(name) == GATHERED and call is not None and name in call.linears
+            rules[name] = "colwise_whole" if split else "copy"
+    return rules
+
+
+class _Planner:
+    def __init__(self, model: PreTrainedModel, config: TPSPConfig):
+        self.model, self.config = model, config
+        self.native = dict(model.tp_plan or {})
+        self.modules = dict(model.named_modules())
+        self.lists = layer_lists(model)
+        self.twin = Twin(model)
+        self.twins = {self.kind(name, module): name for name, module in reversed(self.twin.modules.items())}
+        self.proofs: dict[tuple, int | None] = {}
+        self.plan = Plan(config.sequence_parallel)
+
+    @staticmethod
+    def kind(name: str, module: nn.Module) -> tuple:
+        """What two modules have in common that are alike but for their sizes."""
+        inside = frozenset(wildcard(f".{n}") for n, _ in module.named_parameters())
+        return wildcard(name), type(module).__name__, inside
+
+    def twin_of(self, name: str) -> str:
+        kind = self.kind(name, self.modules[name])
+        if kind not in self.twins:
+            same = [k for k in self.twins if k[0] == kind[0]]
+            other = sorted(set(kind[2]) - set().union(*(k[2] for k in same)))
+            what = f"has parameters ({', '.join(f'{name}{n}' for n in other)})" if same and other else "is"
+            raise ValueError(
+                f"{name} ({kind[1]}) {what} not in a small copy built from the model's config, so hf_tpsp cannot prove how to "
+                "split it. Make what changes the model part of its class (a folder with its own code works), or train it "
+                "with FSDP alone."
+            )
+        return self.twins[kind]
+
+    def make(self) -> Plan:
+        self.reason = self.stream_reason()
+        if self.reason and self.plan.sequence_parallel:
+            self.plan.sequence_parallel = False
+            self.plan.notes.append(f"no sequence parallel: {self.reason}")
+        for stem, layers in self.lists.items():
+            for index, layer in enumerate(layers):
+                if own_parameters(layer):
+                    self.set(f"{stem}.{index}", "stream")
+                for name in self.children(f"{stem}.{index}"):
+                    self.plan_child(name)
+        self.plan_outside()
+        first = next(iter(self.lists))
+        if self.plan.sequence_parallel:
+            self.plan[f"{first}.0"] = "enter"
+        check_complete(self.model, self.plan)
+        return self.plan
+
+    def children(self, name: str) -> Iterator[str]:
+        """The modules with parameters below `name` whose forward is called from there."""
+        for child_name, child in self.modules[name].named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if not has_parameters(child) or full not in self.modules:
+                continue
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                yield from self.children(full)
+            else:
+                yield full
+
+    def call(self, name: str) -> Call | None:
+        return self.twin.calls.get(self.twin_of(name))
+
+    def stream_reason(self) -> str | None:
+        """Why the stream cannot be sharded over the sequence, or None."""
+        for kind in {self.model.config.model_type, self.model.config.get_text_config(decoder=True).model_type}:
+            if kind in NO_SEQUENCE_PARALLEL:
+                return NO_SEQUENCE_PARALLEL[kind]
+        if len(self.lists) > 1:
+            return f"the stream passes through {len(self.lists)} stacks of layers ({', '.join(self.lists)})"
+        for name in self.above():
+            if own_parameters(self.modules[name]):
+                return f"{name or 'the model'} has parameters of its own beside its layers"
+        for stem, layers in self.lists.items():
+            for index in range(len(layers)):
+                for name in self.children(f"{stem}.{index}"):
+                    call = self.call(name)
+                    if call is not None and not call.is_sequence:
+                        return f"{wildcard(name)} is not called with a stream [batch, seq, hidden]"
+        return None
+
+    def above(self) -> list[str]:
+        """The modules that the layer lists are in, outermost first."""
+        parts = [stem.split(".")[:-1] for stem in self.lists]
+        return sorted({".".join(p[:i]) for p in parts for i in range(len(p) + 1)}, key=len)
+
+    def set(self, name: str, rule: str) -> None:
+        """One rule for all layers, if the others agree; else this layer's own."""
+        if self.plan.setdefault(wildcard(name), rule) != rule:
+            self.plan[name] = rule
+
+    def plan_child(self, name: str) -> None:
+        """A child of a decoder layer: a norm, or a block."""
+        block, call = self.modules[name], self.call(name)
+        if is_norm(block):
+            return self.set(name, "norm")
+        native = self.inside(name)
+        rules = None
+        if call is not None:
+            twin = self.twin_of(name)
+            small = self.twin.modules[twin]
+            key = self.kind(name, block)
+            if key not in self.proofs:
+                tries = layouts(small, native, call, TPSPConfig(tp_size=2))
+                self.proofs[key] = next((i for i, rules in enumerate(tries) if self.twin.adds_up(twin, rules)), None)
+                if self.proofs[key] is None:
+                    self.plan.notes.append(f"{wildcard(name)} ({type(block).__name__}) is not split")
+            if self.proofs[key] is not None:
+                rules = next(itertools.islice(layouts(block, native, call, self.config), self.proofs[key], None))
+        rules = rules or whole_layout(block, native, call)
+        for part, rule in rules.items():
+            self.set(f"{name}.{part}" if part else name, rule)
+
+    def inside(self, name: str) -> dict[str, str]:
+        """transformers' rules for what is in the block `name`, by name inside it."""
+        block = self.modules[name]
+        names = [n for n, _ in itertools.chain(block.named_modules(), block.named_parameters())]
+        return {n: rule for n in names if (rule := self.native.get(wildcard(f"{name}.{n}" if n else name)))}
+
+    def plan_outside(self) -> None:
+        """What is beside the layers."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        names = {id(module): name for name, module in self.modules.items()}
+        others = []
+        for parent in self.above():
+            for name in self.children(parent):
+                module = self.modules[name]
+                if module is embedding or module is head or self.is_around_layers(name):
+                    continue
+                if is_norm(module) and parent == self.above()[-1] and self.is_last(name):
+                    self.plan[name] = "norm"
+                else:
+                    others.append(name)
+                    for part, rule in whole_layout(module, {}, None).items():
+                        self.plan[f"{name}.{part}" if part else name] = rule
+            if own_parameters(self.modules[parent]):
+                self.plan[parent] = "stream"
+        if embedding is not None:
+            self.plan[names[id(embedding)]] = "embedding:plain" if others and self.plan.sequence_parallel else "embedding"
+        if head is not None:
+            self.plan[names[id(head)]] = "lazy_head" if self.config.loss == "chunked" else "head"
+
+    def is_around_layers(self, name: str) -> bool:
+        """Whether the module holds a list of layers, or is in one."""
+        return any(f"{stem}.".startswith(f"{name}.") or name.startswith(f"{stem}.") for stem in self.lists)
+
+    def is_last(self, name: str) -> bool:
+        """Whether the module comes after the layers."""
+        order = list(self.twin.calls)  # by the end of each call
+        layers = [n for n in order if any(n.startswith(f"{stem}.") for stem in self.lists)]
+        return name in order and order.index(name) > order.index(layers[-1])
+
+
+def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:
     """The plan of `model` under `config`: module name, with `*` for layer numbers → name in `styles.STYLES`.
 
+    A small random copy of the model is built from its config and run on the CPU, to prove the layouts.
+
     Raises:
-        ValueError: the sizes do not divide the model; the model has no plan in transformers; a rule of that plan has
-            no sequence-parallel counterpart here; or a parameter is covered by no rule (each is named).
+        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; or
+            it has a module that the copy has not (each is named).
     """
     config.check_model(model.config)
-    native = dict(model.tp_plan or {})
-    layers_name, layers = decoder_layers(model)
-    plan: dict[str, str] = {}
-    unknown: dict[str, str] = {}
-
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {module: name for name, module in model.named_modules()}
-    if embedding is not None:
-        plan[names[embedding]] = "embedding"
-    plan[f"{layers_name}.0"] = "enter"
-
-    for index, layer in enumerate(layers):
-        for child_name, child in layer.named_children():
-            block_name = f"{layers_name}.{index}.{child_name}"
-            if not any(True for _ in child.parameters()):
-                continue
-            if is_norm(child):
-                plan[wildcard(block_name)] = "norm"
-                continue
-            plan[wildcard(block_name)] = "gather"
-            closing = [m for n, m in child.named_modules() if native.get(wildcard(f"{block_name}.{n}")) == SPLIT_INPUT]
-            for inner_name, inner in child.named_modules():
-                name = f"{block_name}.{inner_name}" if inner_name else block_name
-                rule = native.get(wildcard(name))
-                if rule is None:
-                    if type(inner) in ACTIVATIONS and not own_parameters(inner):
-                        plan[wildcard(name)] = "activation"
-                    continue
-                if rule == "colwise_gather_output" and len(closing) == 1:
-                    plan[wildcard(name)] = packed_rule(child, inner, closing[0], config)
-                    plan[wildcard(block_name)] = "gather_heads" if hasattr(child, "head_dim") else "gather"
-                elif rule in TRANSLATION:
-                    plan[wildcard(name)] = TRANSLATION[rule]
-                else:
-                    unknown[wildcard(name)] = rule
-
-    base_name = layers_name.rpartition(".")[0]
-    base = model.get_submodule(base_name)
-    for child_name, child in base.named_children():
-        if is_norm(child) and own_parameters(child):
-            plan[f"{base_name}.{child_name}" if base_name else child_name] = "norm"
-    if head is not None:
-        plan[names[head]] = "lazy_head" if config.loss == "chunked" else "head"
-
-    if unknown:
-        rules = ", ".join(f"{name} ({rule})" for name, rule in unknown.items())
-        raise ValueError(
-            f"{type(model).__name__} uses tensor-parallel rules that hf_tpsp has no layout for yet: {rules}."
-        )
-    check_complete(model, plan)
-    return plan
+    return _Planner(model, config).make()
 
 
 def check_complete(model: nn.Module, plan: dict[str, str]) -> None:
     """Raise `ValueError` naming every parameter whose module no rule covers, and the module that owns it."""
     missing: dict[str, str] = {}
     for module_name, module in model.named_modules():
-        rule = rule_for(module_name, plan)
-        if rule not in (None, "gather", "gather_heads", "enter"):  # these lay out no parameters
+        if rule_for(module_name, plan) not in (None, "enter"):
             continue
         for name in own_parameters(module):
             missing[wildcard(f"{module_name}.{name}" if module_name else name)] = type(module).__name__
@@ -168,6 +374,5 @@ def check_complete(model: nn.Module, plan: dict[str, str]) -> None:
         named = "; ".join(f"{name} (in a {owner})" for name, owner in missing.items())
         raise ValueError(
             f"No rule covers these parameters of {type(model).__name__}: {named}. hf_tpsp does not train a model with "
-            "a parameter whose layout it does not know. Add the module to the `base_model_tp_plan` of the model's "
-            'config ("colwise", "rowwise" or "replicated_with_grad_allreduce"), or train with FSDP alone.'
+            "a parameter whose layout it does not know; train it with FSDP alone."
         )

@@ -32,9 +32,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from transformers.pytorch_utils import Conv1D
 
 from . import recompute
-from .collectives import SEQUENCE, all_gather_sequence, from_local, gather_sequence, scatter_sequence, to_local
+from .collectives import (
+    SEQUENCE,
+    all_gather_sequence,
+    from_local,
+    gather_sequence,
+    gather_whole,
+    scatter_sequence,
+    slice_sequence,
+    to_local,
+)
 from .config import TPSPConfig
 from .logits import LazyLogits
 from .recompute import Recomputed, Region
@@ -192,14 +202,21 @@ class Style:
 
     forward_collective = "-"
     backward_collective = "-"
+    parameter_rules: dict[str, str] = {}
+    """Rules of the plan for single parameters of the module (`split:0`, `packed:1,2`, `mean`), by name."""
 
     def __init__(self, config: TPSPConfig):
         self.sequence_parallel = config.sequence_parallel
         self.regather_inputs = config.regather_inputs and config.sequence_parallel
 
-    def placement(self, module: nn.Module, name: str, param: nn.Parameter) -> Placement:
+    def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         """Where parameter `name` of `module` lives on the TP mesh dim."""
-        return Replicate()
+        if (rule := self.parameter_rules.get(name)) in (None, "mean"):
+            return Replicate()
+        kind, _, arguments = rule.partition(":")
+        dim, *parts = (int(n) for n in arguments.split(","))
+        dim %= param.dim()
+        return Shard(dim) if kind == "split" else _StridedShard(dim, split_factor=parts[0])
 
     def is_partial(self, name: str) -> bool:
         """Whether the ranks' gradients of the replicated parameter `name` are terms of a sum."""
@@ -217,7 +234,7 @@ class Style:
                 module._parameters[name] = nn.Parameter(value, requires_grad=param.requires_grad)
 
     def install(self, module: nn.Module, gradients: ReplicatedGradients) -> None:
-        module._tpsp_style = self
+        self.adjust(module, gradients.mesh.get_local_rank(), gradients.mesh.size())
         inner = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -229,22 +246,34 @@ class Style:
         with self.local_parameters(module, gradients):
             return inner(*args, **kwargs)
 
+    def adjust(self, module: nn.Module, rank: int, size: int) -> None:
+        """Set what `module` knows of its own sizes to this rank's share."""
+
+    def rehearse(self, module: nn.Module, rank: int, size: int) -> None:
+        """Make of a plain `module` what it is on `rank` of `size` ranks, without collectives (`prove.py`)."""
+        for name, param in list(module.named_parameters(recurse=False)):
+            local = local_slice(param.detach(), self.placement(module, name, param), rank, size)
+            module._parameters[name] = nn.Parameter(self.term(name, local, size))
+        self.adjust(module, rank, size)
+
+    def term(self, name: str, value: Tensor, size: int) -> Tensor:
+        """The parameter `name` as a rank uses it, such that the ranks' outputs add up."""
+        return value / size if self.parameter_rules.get(name) == "mean" else value
+
     @contextlib.contextmanager
     def local_parameters(self, module: nn.Module, gradients: ReplicatedGradients, without: tuple[str, ...] = ()):
         """While inside, the module's own parameters are plain local tensors; those in `without` are None."""
         params = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
         for name, param in params.items():
-            if name in without:
-                local = None
-            elif self.is_partial(name):
-                local = gradients.local(param)
-            else:
-                local = to_local(param)
-            module._parameters[name] = local
+            module._parameters[name] = None if name in without else self.local_value(module, name, param, gradients)
         try:
             yield
         finally:
             module._parameters.update(params)
+
+    def local_value(self, module: nn.Module, name: str, param: DTensor, gradients: ReplicatedGradients) -> Tensor:
+        local = gradients.local(param) if self.is_partial(name) else to_local(param)
+        return self.term(name, local, gradients.mesh.size())
 
     def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
         """Sum the ranks' terms `[batch, seq, hidden]` into the stream: reduce-scatter, or all-reduce without SP."""
@@ -253,8 +282,22 @@ class Style:
         return _ReduceFromRegion.apply(partial, mesh)
 
 
-def enter_region(x: Any, mesh: DeviceMesh, sequence_parallel: bool) -> Any:
-    """The stream as the plain full tensor `[batch, seq, hidden]` of a region; other values are returned as they are.
+def local_slice(full: Tensor, placement: Placement, rank: int, size: int) -> Tensor:
+    """What `distribute_tensor` would leave of `full` on `rank` of a mesh dim of `size`."""
+    if isinstance(placement, Replicate):
+        return full
+    parts = full.chunk(placement.split_factor, placement.dim) if isinstance(placement, _StridedShard) else [full]
+    return torch.cat([_chunk(part, placement.dim, rank, size) for part in parts], placement.dim)
+
+
+def _chunk(x: Tensor, dim: int, rank: int, size: int) -> Tensor:
+    width = -(-x.shape[dim] // size)
+    start = min(x.shape[dim], rank * width)
+    return x.narrow(dim, start, min(width, x.shape[dim] - start))
+
+
+def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The stream as the plain full tensor `[batch, seq, hidden]` of a region.
 
     What is computed from it covers this rank's columns only, so its gradient is a term of a sum over the ranks.
     """
@@ -262,9 +305,7 @@ def enter_region(x: Any, mesh: DeviceMesh, sequence_parallel: bool) -> Any:
         if x.placements == (SEQUENCE,):
             return gather_sequence(x)
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    if not sequence_parallel and isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad:
-        return _CopyToRegion.apply(x, mesh)
-    return x
+    return _CopyToRegion.apply(x, mesh) if x.requires_grad else x
 
 
 def regather(x: DTensor, mesh: DeviceMesh) -> Callable[[], Tensor]:
@@ -277,13 +318,15 @@ class Embedding(Style):
     """Vocabulary-sharded lookup into the stream. Weight Shard(0).
 
     Each rank looks up the ids it owns and leaves zeros for the rest; the sum over ranks is the embedding.
-    Forward: reduce-scatter. Backward: all-gather. (Without SP: all-reduce, none.)
+    Forward: reduce-scatter. Backward: all-gather. (Without SP, or `embedding:plain`, for a model that computes between the
+    embedding and the first layer: all-reduce, none.)
     """
 
-    def __init__(self, config: TPSPConfig):
+    def __init__(self, config: TPSPConfig, *variants: str):
         super().__init__(config)
-        self.forward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
-        self.backward_collective = "all-gather" if config.sequence_parallel else "-"
+        self.sequence_parallel &= "plain" not in variants
+        self.forward_collective = "reduce-scatter" if self.sequence_parallel else "all-reduce"
+        self.backward_collective = "all-gather" if self.sequence_parallel else "-"
 
     def placement(self, module, name, param):
         return Shard(0)
@@ -344,6 +387,9 @@ class Norm(Style):
         return self.sequence_parallel
 
     def run(self, module, inner, gradients, args, kwargs):
+        if not args:
+            first, *names = kwargs
+            args, kwargs = (kwargs[first],), {name: kwargs[name] for name in names}
         x, *rest = args
         local = to_local(x) if isinstance(x, DTensor) else x
         with self.local_parameters(module, gradients):
@@ -355,13 +401,48 @@ class Norm(Style):
 
 
 class Replica(Norm):
-    """A norm inside a region, on this rank's heads, with the same parameters on every rank (q_norm, k_norm).
+    """Parameters inside a split block that every rank has whole and uses for its term: q_norm, a router, MLA's compression.
 
-    No collective on activations.
+    Their gradients are terms of a sum. No collective on activations.
     """
 
     def is_partial(self, name):
-        return True
+        return self.parameter_rules.get(name) in (None, "mean")
+
+    def run(self, module, inner, gradients, args, kwargs):
+        if is_norm(module):  # so that only its input is kept
+            return super().run(module, inner, gradients, args, kwargs)
+        return inner(*args, **kwargs)  # the block has made the parameters plain
+
+
+class Stream(Style):
+    """Parameters of a decoder layer, or of the model, beside its modules: they meet the stream itself.
+
+    On a sharded stream they are DTensors, as it is. Without SP they are plain meanwhile. A hook, as for `Enter`.
+    """
+
+    def install(self, module, gradients):
+        if self.sequence_parallel:
+            return
+        open_contexts = []
+
+        def before(module, args):
+            open_contexts.append(self.local_parameters(module, gradients))
+            open_contexts[-1].__enter__()
+
+        def after(module, args, output):
+            open_contexts.pop().__exit__(None, None, None)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
+
+
+class Copy(Style):
+    """Parameters inside a block, or beside the layers, that every rank uses alike: each has their whole gradient."""
+
+
+def is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
 
 
 def recomputed(module: nn.Module, inner, x: Tensor) -> Tensor:
@@ -390,159 +471,324 @@ class Activation(Style):
         return out
 
 
-class Gather(Style):
-    """Entry of a token mixer or MLP: whatever arguments carry the stream, positional or keyword, are gathered.
+class Block(Style):
+    """A token mixer or MLP, from its entry to its exit. Inside are plain tensors of the whole sequence.
 
-    Forward: all-gather. Backward: reduce-scatter, and with `regather_inputs` the all-gather once more, for the weights'
-    gradients. (Without SP: none, all-reduce.)
+    Whatever arguments carry the stream, positional or keyword, are gathered; the first tensor of the output goes back to the
+    stream. Parameters inside that belong to no other style are plain tensors meanwhile, for whoever reads them.
+
+    Args:
+        variants: `heads` and `widths`: the module (and its config) see this rank's share of them, for a forward that reads
+            them; `residual`: a second stream that the module adds to its output is added once, not by each rank.
     """
 
-    def __init__(self, config: TPSPConfig):
+    HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
+    KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+    WIDTHS = ("hidden_size", "embed_dim", "split_size", "d_model", "inner_dim", "all_head_size", "n_embd")
+
+    def __init__(self, config: TPSPConfig, *variants: str):
         super().__init__(config)
-        self.forward_collective = "all-gather" if config.sequence_parallel else "-"
-        self.backward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
+        self.variants = variants
+        self.inside: list[nn.Module] = []  # the modules whose parameters are made plain at the entry
+
+    def adjust(self, module, rank, size):
+        names = [*(self.HEADS if "heads" in self.variants else ()), *(self.WIDTHS if "widths" in self.variants else ())]
+        kv_names = self.KV_HEADS if "heads" in self.variants else ()
+        config = vars(module).get("config")
+        if config is not None and (names or kv_names):
+            config = module.config = copy.copy(config)
+        for owner in (module, config):
+            for name in (*names, *kv_names):
+                if isinstance(whole := vars(owner).get(name) if owner is not None else None, int):
+                    setattr(owner, name, max(1, whole // size) if name in kv_names else whole // size)
+        if "groups" in self.variants:  # a kv head serves several ranks
+            heads = next(n for n in self.HEADS if hasattr(self.of(module), n))
+            module.num_key_value_groups = max(1, getattr(self.of(module), heads) // size)
+
+    @staticmethod
+    def of(module: nn.Module):
+        """Who knows the number of heads."""
+        return module if any(hasattr(module, n) for n in Block.HEADS) else module.config
+
+    @contextlib.contextmanager
+    def local_parameters(self, module, gradients, without=()):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(super().local_parameters(module, gradients))
+            for part in self.inside:
+                stack.enter_context(part._tpsp_style.local_parameters(part, gradients))
+            yield
+
+    def map_streams(
+        self,
+        args: tuple,
+        kwargs: dict,
+        enter: Callable[[Tensor], Tensor],
+        size: int,
+        other: Callable[[Tensor], Tensor] = lambda x: x,
+        marked: bool = True,
+    ) -> tuple[tuple, dict, bool]:
+        """`args` and `kwargs` with the streams entered, and whether there was one. `marked`: a stream is a DTensor."""
+        found: list[Tensor] = []
+
+        def visit(x: Any) -> Any:
+            if not isinstance(x, Tensor) or isinstance(x, LazyLogits):
+                return x
+            if marked and self.sequence_parallel:
+                is_stream = isinstance(x, DTensor) and x.placements == (SEQUENCE,)
+            else:  # a plain stream is the first, and what has its shape
+                is_stream = x.is_floating_point() and (not found or x.shape == found[0].shape)
+            if not is_stream:
+                return other(x)
+            found.append(x)
+            full = enter(x)
+            return full / size if len(found) > 1 and "residual" in self.variants else full
+
+        args = tuple(visit(x) for x in args)
+        kwargs = {name: visit(x) for name, x in kwargs.items()}
+        return args, kwargs, bool(found)
+
+    def exit(self, output: Any, mesh: DeviceMesh) -> Any:
+        """The first tensor of what the module returned, back in the stream."""
+        if isinstance(output, Tensor):
+            return self.leave_region(output, mesh)
+        first, *rest = output
+        return type(output)((self.leave_region(first, mesh), *rest))
+
+
+class Gather(Block):
+    """A block that is split: each rank computes one term of the sum that is its output.
+
+    Forward: all-gather, reduce-scatter. Backward: all-gather, reduce-scatter, and with `regather_inputs` the all-gather of
+    the input once more, for the weights' gradients. (Without SP: all-reduce, all-reduce.)
+    """
+
+    def __init__(self, config: TPSPConfig, *variants: str):
+        super().__init__(config, *variants)
+        self.forward_collective = "all-gather, reduce-scatter" if config.sequence_parallel else "all-reduce"
+        self.backward_collective = self.forward_collective
         if self.regather_inputs:
-            self.backward_collective = "all-gather, reduce-scatter"
+            self.backward_collective = "2 all-gathers, reduce-scatter"
+
+    def is_partial(self, name):
+        return name not in self.parameter_rules
 
     def run(self, module, inner, gradients, args, kwargs):
-        if self.regather_inputs and recompute.is_active():
-            with Region() as region:
+        mesh = gradients.mesh
 
-                def enter(x: Any) -> Any:
-                    full = enter_region(x, gradients.mesh, True)
-                    if full is not x:
-                        region.again(full, regather(x, gradients.mesh))
-                    return full
+        def other(x: Tensor) -> Tensor:  # each rank's gradient of what all ranks hold is a term of the sum
+            return _CopyToRegion.apply(x, mesh) if x.is_floating_point() and x.requires_grad else x
 
-                return inner(*map(enter, args), **{name: enter(x) for name, x in kwargs.items()})
-        if self.sequence_parallel:
-            args = tuple(enter_region(x, gradients.mesh, True) for x in args)
-            kwargs = {name: enter_region(x, gradients.mesh, True) for name, x in kwargs.items()}
-        else:  # nothing marks a plain stream: it is the first argument, by either calling convention
-            if args:
-                args = (enter_region(args[0], gradients.mesh, False), *args[1:])
+        with self.local_parameters(module, gradients):
+            if self.regather_inputs and recompute.is_active():
+                with Region() as region:
+
+                    def enter(x: Tensor) -> Tensor:
+                        full = enter_region(x, mesh)
+                        region.again(full, regather(x, mesh))
+                        return full
+
+                    args, kwargs, entered = self.map_streams(args, kwargs, enter, mesh.size(), other)
+                    output = inner(*args, **kwargs)
             else:
-                first = next(iter(kwargs))
-                kwargs = {**kwargs, first: enter_region(kwargs[first], gradients.mesh, False)}
-        return inner(*args, **kwargs)
+                args, kwargs, entered = self.map_streams(
+                    args, kwargs, lambda x: enter_region(x, mesh), mesh.size(), other
+                )
+                output = inner(*args, **kwargs)
+        return self.exit(output, mesh) if entered else output
 
 
-class GatherHeads(Gather):
-    """`Gather` for an attention whose forward reads the number of heads (to cut up a packed projection).
+class Whole(Block):
+    """A block that every rank computes whole: one whose output is no sum over the ranks, as far as hf_tpsp can prove.
 
-    The module sees a config and attributes with this rank's share of the heads.
+    Forward: all-gather. Backward: all-gather. (Without SP: none.) A plain input stays plain.
     """
 
-    HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads")
+    def __init__(self, config: TPSPConfig, *variants: str):
+        super().__init__(config, *variants)
+        self.forward_collective = self.backward_collective = "all-gather" if config.sequence_parallel else "-"
 
-    def install(self, module, gradients):
-        size = gradients.mesh.size()
-        module.config = copy.copy(module.config)
-        for owner in (module, module.config):
-            for name in self.HEADS:
-                if isinstance(heads := vars(owner).get(name), int):
-                    setattr(owner, name, heads // size)
-        super().install(module, gradients)
+    def run(self, module, inner, gradients, args, kwargs):
+        with self.local_parameters(module, gradients):
+            args, kwargs, entered = self.map_streams(
+                args, kwargs, gather_whole if self.sequence_parallel else lambda x: x, gradients.mesh.size()
+            )
+            output = inner(*args, **kwargs)
+        return self.exit(output, gradients.mesh) if entered else output
+
+    def leave_region(self, whole, mesh):
+        return slice_sequence(whole, mesh) if self.sequence_parallel else whole
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is `[in, out]`, as in transformers' Conv1D."""
+    return isinstance(module, Conv1D)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """`(in, out)` of a linear layer."""
+    return (module.nx, module.nf) if is_transposed(module) else (module.in_features, module.out_features)
 
 
 class Colwise(Style):
-    """A linear layer split over its output features. Weight and bias Shard(0); input full, output local; no collective."""
+    """A linear layer split over its output features. Weight and bias split; input full, output local; no collective."""
 
     def placement(self, module, name, param):
-        return Shard(0)
+        return Shard(1 if is_transposed(module) and name == "weight" else 0)
+
+    def adjust(self, module, rank, size):
+        if is_transposed(module):  # its forward reads the width of its output
+            module._tpsp_width = module.nf
+            module.nf = len(rows_of((str(module.nf),), rank, size))
 
 
 class PackedColwise(Colwise):
     """Projections of equal width packed in one linear layer (gate and up): each is split over its own output features.
 
-    Written `packed_colwise:n,n` in a plan, with the width of each part. No collective.
+    Written `packed_colwise:n,n` in a plan, with the width of each part. The bias is replicated, and each rank takes its own
+    of it. No collective.
     """
 
-    def __init__(self, config: TPSPConfig, *parts: int):
+    def __init__(self, config: TPSPConfig, *parts: str):
         super().__init__(config)
         self.parts = parts
 
     def placement(self, module, name, param):
-        return _StridedShard(0, split_factor=len(self.parts))
+        if name == "bias":
+            return Replicate()
+        return _StridedShard(super().placement(module, name, param).dim, split_factor=len(self.parts))
+
+    def is_partial(self, name):
+        return name == "bias"
+
+    def adjust(self, module, rank, size):
+        super().adjust(module, rank, size)
+        module._tpsp_rows = rows_of(self.parts, rank, size)
+
+    def rehearse(self, module, rank, size):
+        super().rehearse(module, rank, size)
+        if module.bias is not None:
+            module.bias = nn.Parameter(module.bias[module._tpsp_rows])
+
+    def local_value(self, module, name, param, gradients):
+        value = super().local_value(module, name, param, gradients)
+        return value.index_select(0, own_rows(module, value.device)) if name == "bias" else value
 
 
-class PackedUneven(Colwise):
-    """Projections of different widths packed in one linear layer: query, key and value with fewer kv heads.
+class GatheredColwise(Colwise):
+    """A linear layer split over its output features, whose output each rank then has whole, or the part it names.
 
-    Written `packed_uneven:q,k,v` in a plan. No placement of DTensor's keeps each head with its group, so the weight is
-    split by rows as it lies, the output is gathered, and each rank keeps its own slice of each part.
+    Without arguments, the whole (`colwise_gathered`), for a forward that mixes all features, such as a norm over all heads.
+    With the widths of packed projections that no placement of DTensor's splits (query, key and value with fewer kv heads),
+    this rank's features of each: `colwise_gathered:q,k,v`. `n@h` is a projection of `h` heads, fewer than there are ranks: each
+    rank takes the one that its query heads use, and several share it.
     Forward: all-gather (of the layer's output). Backward: reduce-scatter.
     """
 
     forward_collective = "all-gather"
     backward_collective = "reduce-scatter"
 
-    def __init__(self, config: TPSPConfig, *parts: int):
+    def __init__(self, config: TPSPConfig, *parts: str):
         super().__init__(config)
         self.parts = parts
 
-    def install(self, module, gradients):
-        rank, size = gradients.mesh.get_local_rank(), gradients.mesh.size()
-        start, rows = 0, []
-        for features in self.parts:
-            part = features // size
-            rows.append(torch.arange(start + rank * part, start + (rank + 1) * part))
-            start += features
-        module._tpsp_rows = torch.cat(rows)
-        super().install(module, gradients)
+    def adjust(self, module, rank, size):
+        super().adjust(module, rank, size)
+        if self.parts:
+            module._tpsp_rows = rows_of(self.parts, rank, size)
+
+    def rehearse(self, module, rank, size):
+        if self.parts:
+            inner, rows = module.forward, rows_of(self.parts, rank, size)
+            module.forward = lambda x: inner(x).index_select(-1, rows)
 
     def run(self, module, inner, gradients, args, kwargs):
-        out = super().run(module, inner, gradients, args, kwargs)
-        shape = torch.Size((*out.shape[:-1], module.out_features))
-        stride = torch.empty(shape, device="meta").stride()
-        out = DTensor.from_local(
-            out, gradients.mesh, [Shard(out.dim() - 1)], run_check=False, shape=shape, stride=stride
-        )
-        full = out.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        module._tpsp_rows = module._tpsp_rows.to(full.device)
-        return full.index_select(-1, module._tpsp_rows)
+        full = gather_features(super().run(module, inner, gradients, args, kwargs), module, gradients.mesh, Partial())
+        return full.index_select(-1, own_rows(module, full.device)) if self.parts else full
+
+
+class WholeColwise(Colwise):
+    """A linear layer inside a block that every rank computes whole: split over its output features, its output gathered.
+
+    Forward: all-gather (of the layer's output). Backward: all-reduce (of its input's gradient).
+    """
+
+    forward_collective = "all-gather"
+    backward_collective = "all-reduce"
+
+    def rehearse(self, module, rank, size):
+        """Every rank has the whole output."""
+
+    def run(self, module, inner, gradients, args, kwargs):
+        (x,) = args
+        out = super().run(module, inner, gradients, (_CopyToRegion.apply(x, gradients.mesh),), kwargs)
+        return gather_features(out, module, gradients.mesh, Replicate())
+
+
+def gather_features(local: Tensor, module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> Tensor:
+    """This rank's output features of a column-parallel layer → all of them. `gradient`: of the result, on the ranks."""
+    width = vars(module).get("_tpsp_width") or features(module)[1]
+    shape = torch.Size((*local.shape[:-1], width))
+    stride = torch.empty(shape, device="meta").stride()
+    out = DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False, shape=shape, stride=stride)
+    return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
+
+
+def rows_of(parts: tuple[str, ...], rank: int, size: int) -> Tensor:
+    """Indices of the output features of `rank`, of the projections `parts` that lie one after the other in a layer."""
+    start, rows = 0, []
+    for part in parts:
+        features, _, heads = part.partition("@")
+        features = int(features)
+        if heads:  # fewer heads than ranks
+            width = features // int(heads)
+            first = rank * int(heads) // size * width
+        else:
+            width = -(-features // size)
+            first = min(features, rank * width)
+        rows.append(torch.arange(start + first, start + min(features, first + width)))
+        start += features
+    return torch.cat(rows)
+
+
+def own_rows(module: nn.Module, device: torch.device) -> Tensor:
+    if module._tpsp_rows.device != device:
+        module._tpsp_rows = module._tpsp_rows.to(device)
+    return module._tpsp_rows
 
 
 class Rowwise(Style):
-    """A linear layer split over its input features, closing a region. Weight Shard(1), bias replicated.
+    """A linear layer split over its input features. Weight split, bias replicated; input local, output one term of a sum.
 
-    The ranks' products are terms of a sum. Forward: reduce-scatter. Backward: all-gather. (Without SP: all-reduce,
-    none.) The bias is added once, after the sum.
+    Each rank adds its share of the bias. The block sums the terms at its exit. No collective.
     """
 
-    def __init__(self, config: TPSPConfig):
-        super().__init__(config)
-        self.forward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
-        self.backward_collective = "all-gather" if config.sequence_parallel else "-"
-
     def placement(self, module, name, param):
-        return Replicate() if name == "bias" else Shard(1)
+        return Replicate() if name == "bias" else Shard(0 if is_transposed(module) else 1)
 
     def is_partial(self, name):
-        return name == "bias" and self.sequence_parallel
+        return name == "bias"
+
+    def term(self, name, value, size):
+        return value / size if name == "bias" else value
 
     def run(self, module, inner, gradients, args, kwargs):
-        with self.local_parameters(module, gradients, without=("bias",)), recompute.partial_product():
-            partial = inner(*args, **kwargs)
-        return partial if vars(module).get("_tpsp_adapted") else self.leave(module, partial, gradients)
+        with self.local_parameters(module, gradients), recompute.partial_product():
+            return inner(*args, **kwargs)
 
-    def leave(self, module: nn.Module, partial: Tensor, gradients: ReplicatedGradients) -> Tensor:
-        out = self.leave_region(partial, gradients.mesh)
-        if (bias := module._parameters.get("bias")) is None:
-            return out
-        if not self.sequence_parallel:
-            return out + to_local(bias)
-        return from_local(to_local(out) + gradients.local(bias), out)
 
-    def install_around(self, adapted: nn.Module, module: nn.Module, gradients: ReplicatedGradients) -> None:
-        """Have `adapted`, which adds another term to `module`'s output, close the region in `module`'s place."""
-        module._tpsp_adapted = True
-        inner = adapted.forward
+class SplitRowwise(Rowwise):
+    """A row-parallel layer whose input every rank has whole: each takes its own features of it."""
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            return self.leave(module, inner(*args, **kwargs), gradients)
+    def rehearse(self, module, rank, size):
+        width = features(module)[0]
+        super().rehearse(module, rank, size)
+        inner = module.forward
+        module.forward = lambda x: inner(local_slice(x, Shard(x.dim() - 1), rank, size)) if x.shape[-1] == width else inner(x)
 
-        adapted.forward = forward
+    def run(self, module, inner, gradients, args, kwargs):
+        (x,) = args
+        own = local_slice(x, Shard(x.dim() - 1), gradients.mesh.get_local_rank(), gradients.mesh.size())
+        return super().run(module, inner, gradients, (own,), kwargs)
 
 
 class Adapter(Style):
@@ -586,7 +832,7 @@ class Head(Style):
 
     def run(self, module, inner, gradients, args, kwargs):
         gradients.arm_with(args[0])
-        hidden = enter_region(args[0], gradients.mesh, self.sequence_parallel)
+        hidden = enter_region(args[0], gradients.mesh)
         with self.local_parameters(module, gradients):
             logits = inner(hidden)
         shape = torch.Size((*logits.shape[:-1], module.out_features))
@@ -617,14 +863,18 @@ STYLES: dict[str, type[Style]] = {
     "embedding": Embedding,
     "enter": Enter,
     "norm": Norm,
-    "replica": Replica,
-    "activation": Activation,
     "gather": Gather,
-    "gather_heads": GatherHeads,
+    "whole": Whole,
+    "replica": Replica,
+    "copy": Copy,
+    "stream": Stream,
+    "activation": Activation,
     "colwise": Colwise,
     "packed_colwise": PackedColwise,
-    "packed_uneven": PackedUneven,
+    "colwise_gathered": GatheredColwise,
+    "colwise_whole": WholeColwise,
     "rowwise": Rowwise,
+    "rowwise_split": SplitRowwise,
     "head": Head,
     "lazy_head": LazyHead,
 }
@@ -632,8 +882,8 @@ STYLES: dict[str, type[Style]] = {
 
 
 def style_for(rule: str, config: TPSPConfig) -> Style:
-    """The style that a rule of a plan names; numbers after a colon are its arguments (`packed_colwise:64,64`)."""
+    """The style that a rule of a plan names; what follows a colon are its arguments (`packed_colwise:64,64`)."""
     name, _, arguments = rule.partition(":")
     if name not in STYLES:
         raise ValueError(f"{rule!r} names no style; the styles are {', '.join(STYLES)}.")
-    return STYLES[name](config, *(int(n) for n in arguments.split(",") if n))
+    return STYLES[name](config, *(a for a in arguments.split(",") if a))

@@ -30,7 +30,7 @@ from torch.distributed.tensor.placement_types import Placement
 from ..compat import replace
 from ..config import TPSPConfig
 from ..parallelize import full_state_dict, is_parallelized, parallelize, parallelized_model
-from ..styles import Adapter, Colwise, PackedColwise, PackedUneven, Rowwise, Style
+from ..styles import Adapter, Colwise, GatheredColwise, PackedColwise, Rowwise, Style
 
 
 def install() -> Callable[[], None]:
@@ -153,8 +153,6 @@ def shard_adapters(model: PeftModel) -> None:
                     gradients.register_adapter(matrix, parameter_name, style.is_sum)
                 style.install(matrix, gradients)
                 matrix.register_load_state_dict_pre_hook(_shard_state)
-        if isinstance(style_of(module), Rowwise):
-            style_of(module).install_around(module, module.get_base_layer(), gradients)
 
 
 def style_of(module: BaseTunerLayer) -> Style:
@@ -178,7 +176,7 @@ def _styles(name: str, module: BaseTunerLayer) -> tuple[Adapter, Adapter]:
     rows = None
     if isinstance(style, PackedColwise):
         split = style.placement(base, "weight", base.weight)
-    elif isinstance(style, PackedUneven):
+    elif isinstance(style, GatheredColwise):
         split, rows = Replicate(), base._tpsp_rows
     return Adapter(style, Replicate(), is_sum=True), Adapter(style, split, is_sum=rows is not None, rows=rows)
 

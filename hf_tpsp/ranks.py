@@ -1,4 +1,4 @@
-"""The rank pool: processes that import torch and transformers once and then run functions as gloo ranks.
+"""A pool of ranks on this machine: processes that import torch and transformers once and then run functions as gloo ranks.
 
 `RankPool.run(world_size, function, *args)` runs a picklable function on `world_size` ranks and returns what each rank
 returned. Ranks of one world size are started once and keep their process group. A rank that raises, or a call that

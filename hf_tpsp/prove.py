@@ -1,0 +1,167 @@
+"""The proof that a block can be split: its ranks are rehearsed one after the other, in one process, on a small copy.
+
+A block is split if its output is a sum of one term for each rank. Then every gradient is right too: the ranks' gradients of
+what they share are terms of a sum (`styles.Replica`), by the chain rule, whatever the block computes. So the forward is
+all there is to prove. `Twin` builds a small random copy of the model (`shrink.py`), records how each block is called, and
+runs the block as rank 0 and as rank 1 would, with the plan's layouts, in fp64: the two outputs must add up to the whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import TPSPConfig
+from .shrink import shrunk_like
+from .styles import style_for
+
+RANKS = 2
+TOKENS = 11
+LIMIT = 1e-5  # relative; transformers casts to fp32 inside norms and softmax
+
+
+@dataclass
+class Call:
+    """How a module was called in the copy's forward."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Tensor
+    linears: dict[str, bool] = field(default_factory=dict)
+    """The linear layers that it called, in order, and whether their input was what the module itself was given."""
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """The arguments that have the first floating tensor's shape."""
+        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        return [x for x in tensors if x.shape == tensors[0].shape]
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether it was given, and returned, `[batch, seq, …]`."""
+        return bool(self.streams) and all(x.shape[:2] == (2, TOKENS) for x in (self.streams[0], self.output))
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    while isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+class Twin:
+    """A small copy of `model`, and how its modules were called."""
+
+    def __init__(self, model: PreTrainedModel):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet():
+            self.model = shrunk_like(model).eval()
+            self.modules = dict(self.model.named_modules())
+            self.calls = self._record()
+
+    def _record(self) -> dict[str, Call]:
+        calls: dict[str, Call] = {}
+        open_calls: list[tuple[str, tuple, dict]] = []
+        hooks = []
+
+        def before(name):
+            def hook(module, args, kwargs):
+                open_calls.append((name, *_detached((args, kwargs))))
+
+            return hook
+
+        def after(name):
+            def hook(module, args, kwargs, output):
+                _, args, kwargs = open_calls.pop()
+                found = first_tensor(output)
+                if found is None:
+                    return
+                if name not in calls:
+                    calls[name] = Call(args, kwargs, found.detach().clone())
+                if isinstance(module, (nn.Linear, Conv1D)) and args:
+                    for outer, given, named in open_calls:
+                        streams = Call(given, named, found).streams if first_tensor([*given, *named.values()]) is not None else []
+                        is_entry = bool(streams) and streams[0].shape == args[0].shape and torch.equal(streams[0], args[0])
+                        if outer not in calls and name.startswith(outer):
+                            linears.setdefault(outer, {})[name.removeprefix(outer).lstrip(".")] = is_entry
+
+            return hook
+
+        linears: dict[str, dict[str, bool]] = {}
+        for name, module in self.modules.items():
+            hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        ids = torch.randint(3, vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            self.model(input_ids=ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for name, found in linears.items():
+            if name in calls:
+                calls[name].linears = found
+        return calls
+
+    def adds_up(self, name: str, rules: dict[str, str]) -> bool:
+        """Whether the ranks' outputs of block `name` under `rules` (by name inside the block; "" is the block) add up to the
+        whole one's."""
+        call, whole = self.calls[name], self.modules[name]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet():
+                total = sum(self._term(whole, rules, call, rank) for rank in range(RANKS))
+        except Exception:  # a layout that does not fit ends in whatever error its shapes run into
+            return False
+        return total.shape == call.output.shape and (total - call.output).norm() <= LIMIT * call.output.norm()
+
+    def _term(self, whole: nn.Module, rules: dict[str, str], call: Call, rank: int) -> Tensor:
+        block = copy.deepcopy(whole)
+        config = TPSPConfig(tp_size=RANKS)
+        styles = {part: style_for(rule, config) for part, rule in rules.items() if not is_parameter(block, part)}
+        for part, rule in rules.items():
+            if is_parameter(block, part):
+                owner, _, parameter = part.rpartition(".")
+                styles[owner].parameter_rules = {**styles[owner].parameter_rules, parameter: rule}
+        for part, style in styles.items():
+            style.rehearse(block.get_submodule(part), rank, RANKS)
+        args, kwargs = copy.deepcopy((call.args, call.kwargs))
+        args, kwargs, _ = styles[""].map_streams(args, kwargs, lambda x: x, RANKS, marked=False)
+        return first_tensor(block(*args, **kwargs))
+
+
+def is_parameter(module: nn.Module, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    with contextlib.suppress(AttributeError):
+        return last in module.get_submodule(owner)._parameters
+    return False
+
+
+def _detached(x: Any) -> Any:
+    """Tensors copied, for a module may write into what it was given; all else as it is."""
+    if isinstance(x, Tensor):
+        return x.detach().clone()
+    if isinstance(x, tuple):
+        return type(x)(*map(_detached, x)) if hasattr(x, "_fields") else tuple(map(_detached, x))
+    if isinstance(x, list):
+        return [_detached(v) for v in x]
+    if type(x) is dict:
+        return {k: _detached(v) for k, v in x.items()}
+    return x
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers has things to say of a random copy that nobody needs to hear."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

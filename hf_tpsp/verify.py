@@ -1,0 +1,245 @@
+"""Parity of an architecture with one process, shown on a small copy: loss, every gradient, and the weights after two steps.
+
+`verify` starts gloo ranks on this machine, builds the copy (`shrink.py`) on each, parallelizes one of two, and trains both. What it
+says holds for the architecture, whatever the sizes: the plan of the copy is the plan of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
+
+from .config import TPSPConfig
+from .ranks import RankPool
+from .recompute import Recomputed
+from .shrink import shrunk_model
+
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-6}
+"""Largest relative error of loss and gradients. In fp64, transformers' own casts to fp32 are lifted (`KeepFp64`)."""
+WEIGHTS_LIMIT = 1e-4
+STEPS = 2
+
+
+@dataclass
+class Result:
+    """What `verify` found for one architecture on one mesh.
+
+    Attributes:
+        loss, gradient, weights: the largest relative errors; `parameter`: where the gradient's is.
+        sequence_parallel: whether the stream was sharded over the sequence. notes: why not, and what is not split.
+        collectives: of one forward and backward, by kind, on rank 0 of TP.
+        error: why there are no figures.
+    """
+
+    model_type: str
+    dp_size: int
+    tp_size: int
+    length: int
+    vocabulary: int
+    dtype: str
+    loss: float = 0.0
+    gradient: float = 0.0
+    weights: float = 0.0
+    parameter: str = ""
+    sequence_parallel: bool = True
+    notes: list[str] = field(default_factory=list)
+    collectives: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def is_equal(self) -> bool:
+        limit = LIMITS[getattr(torch, self.dtype)]
+        return not self.error and max(self.loss, self.gradient) <= limit and self.weights <= WEIGHTS_LIMIT
+
+
+class KeepFp64(TorchFunctionMode):
+    """No cast of an fp64 tensor to fp32. transformers casts inside norms, softmax and loss, which leaves 1e-7 of rounding
+    in an fp64 comparison, and more where terms cancel; without it, what remains is error."""
+
+    def __enter__(self):
+        self._backward = backward = Recomputed.backward
+
+        def with_mode(ctx, grad):  # the autograd engine runs without the modes of its caller
+            TorchFunctionMode.__enter__(self)
+            try:
+                return backward(ctx, grad)
+            finally:
+                TorchFunctionMode.__exit__(self, None, None, None)
+
+        Recomputed.backward = staticmethod(with_mode)
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        Recomputed.backward = staticmethod(self._backward)
+        return super().__exit__(*exc)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = [torch.float64 if a is torch.float32 else a for a in args]
+            kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖; a zero tensor must stay zero."""
+    norm = expected.norm().item()
+    return ((found - expected).norm() / (norm or 1.0)).item()
+
+
+def larger(a: float, b: float) -> float:
+    """`max` that lets NaN through: an error that is not a number is the largest of all."""
+    return a if a >= b else b
+
+
+def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int) -> dict[str, Any]:
+    """Train the model that `build` makes, and the same parallelized, on every rank. Returns fields of a `Result`."""
+    from .measure import CollectiveBytes
+    from .parallelize import parallelize
+
+    reference, model = build(), build()
+    if dist.get_rank() > 0:  # parallelize must take rank 0's
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+    parallelize(model, config)
+    mesh, plan = model._tpsp.mesh, model._tpsp.plan
+    row = mesh["dp_replicate"].get_local_rank() * config.dp_shard_size + mesh["dp_shard"].get_local_rank()
+    vocabulary = reference.get_input_embeddings().num_embeddings
+    ids = torch.randint(3, vocabulary, (2 * config.dp_size, length), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : length // 4] = -100
+    items = (labels[:, 1:] != -100).sum()
+    out: dict[str, Any] = {"loss": 0.0, "gradient": 0.0, "weights": 0.0, "parameter": ""}
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-4) for m in (reference, model)]
+    for part in (reference, model):
+        part.train()
+        for module in part.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    for step in range(STEPS):
+        expected = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
+        expected.backward()
+        mine = {"input_ids": ids.chunk(config.dp_size)[row], "labels": labels.chunk(config.dp_size)[row]}
+        with CollectiveBytes() if step == 0 else contextlib.nullcontext() as collectives:
+            loss = model(**mine, num_items_in_batch=items).loss
+            (loss * config.dp_size).backward()  # FSDP averages over data parallelism
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        out["loss"] = larger(out["loss"], abs(total.item() / config.tp_size / expected.item() - 1))
+        if step == 0:
+            out["collectives"] = {kind: traffic.count for kind, traffic in collectives.traffic.items()}
+            gradients = {name: p.grad for name, p in reference.named_parameters()}
+            for name, parameter in model.named_parameters():
+                if gradients[name] is None:
+                    assert parameter.grad is None or not full(parameter.grad).any(), f"{name} has a gradient"
+                    continue
+                if parameter.grad is None:
+                    error = float(gradients[name].any())
+                else:
+                    error = relative(full(parameter.grad), gradients[name])
+                if not error <= out["gradient"]:
+                    out["gradient"], out["parameter"] = error, name
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for expected, found in zip(reference.parameters(), model.parameters(), strict=True):
+        out["weights"] = larger(out["weights"], relative(full(found.detach()), expected.detach()))
+    return {**out, "sequence_parallel": model._tpsp.config.sequence_parallel, "notes": plan.notes}
+
+
+def build(source: str | PreTrainedConfig, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any]) -> PreTrainedModel:
+    """The small copy of a model type, or of what is in a checkpoint folder (its own code included)."""
+    config, cls = read(source)
+    text = config.get_text_config(decoder=True)
+    for name, value in settings.items():
+        if hasattr(text, name):
+            setattr(text, name, value)
+    with torch.random.fork_rng(devices=[]):
+        return shrunk_model(config, cls, dtype=dtype, vocabulary=vocabulary)
+
+
+def read(source: str) -> tuple[PreTrainedConfig, type | None]:
+    """Config and class of a model type of transformers, or of a folder, whose own code is trusted."""
+    if source in CONFIG_MAPPING:
+        return CONFIG_MAPPING[source](), None
+    if not os.path.exists(source):
+        close = difflib.get_close_matches(source, CONFIG_MAPPING, 3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"{source!r} is neither a model type of transformers nor a folder.{hint}")
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    return config, get_class_from_dynamic_module(code, source) if code else None
+
+
+def _on_rank(source: str, config: TPSPConfig, length: int, vocabulary: int, dtype: str, settings: dict) -> dict[str, Any]:
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    torch_dtype = getattr(torch, dtype)
+    with KeepFp64() if torch_dtype == torch.float64 else contextlib.nullcontext():
+        try:
+            return compare(lambda: build(source, torch_dtype, vocabulary, settings), config, length)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+            return {"error": text.replace("\n", " ")[:600], "traceback": traceback.format_exc()}
+
+
+def verify(
+    source: str,
+    config: TPSPConfig,
+    *,
+    length: int = 17,
+    vocabulary: int = 131,
+    dtype: str = "float32",
+    settings: dict[str, Any] | None = None,
+    pool: RankPool | None = None,
+    timeout: float = 120,
+) -> Result:
+    """Compare a small copy of an architecture under `config` with one process, on gloo ranks that are started here.
+
+    Args:
+        source: a model type of transformers (`"qwen3"`), or a checkpoint folder, whose own code is run.
+        length: tokens of each of two rows for each data-parallel rank. vocabulary: of the copy. dtype: float32 or float64.
+        settings: further fields of the copy's config.
+        pool: ranks that are running already.
+
+    Returns:
+        The largest errors, or why there are none. Nothing raises but an unknown `source`.
+    """
+    read(source)  # raises here, not on the ranks
+    result = Result(source, config.dp_size, config.tp_size, length, vocabulary, dtype)
+    own = pool or RankPool()
+    try:
+        found = own.run(
+            config.world_size, _on_rank, source, config, length, vocabulary, dtype, settings or {}, timeout=timeout
+        )[0]
+    except RuntimeError as error:
+        return replace(result, error=str(error).strip().splitlines()[-1][:300])
+    finally:
+        if pool is None:
+            own.stop()
+    if os.environ.get("HF_TPSP_TRACEBACK") and "traceback" in found:
+        print(found["traceback"])
+    found.pop("traceback", None)
+    return replace(result, **found)
