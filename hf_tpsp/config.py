@@ -14,6 +14,15 @@ ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 MIXED_PRECISION = ("no", "bf16")
 
 
+def size_of(owner: object, name: str) -> int | None:
+    """A size that a config or a module names; None if it has none of this name, or not one for all layers."""
+    try:
+        size = getattr(owner, name, None)
+    except Exception:  # transformers raises for sizes that differ from layer to layer
+        return None
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
+
+
 def environment_flag(name: str, default: str = "false") -> bool:
     """Whether accelerate's environment variable `name` is set to true."""
     return os.environ.get(name, default).lower() in ("1", "true", "yes")
@@ -178,22 +187,21 @@ class TPSPConfig:
 
     def check_model(self, model_config: PreTrainedConfig) -> None:
         """Raise `ValueError` if this architecture cannot be split `tp_size` ways, naming the sizes that work."""
-        text = model_config.get_text_config()
-        heads = {
-            name: size
-            for name in ("num_attention_heads", "num_key_value_heads")
-            if isinstance(size := getattr(text, name, None), int)
-        }
-        if any(size % self.tp_size for size in heads.values()):
-            named = " and ".join(f"{name}={size}" for name, size in heads.items())
+        text = model_config.get_text_config(decoder=True)
+        heads, kv_heads = (size_of(text, name) for name in ("num_attention_heads", "num_key_value_heads"))
+        # Fewer kv heads than ranks are shared by several, each of which has one.
+        if heads and (heads % self.tp_size or kv_heads and kv_heads % self.tp_size and self.tp_size % kv_heads):
+            kv_heads = kv_heads or heads
+            sizes = [n for n in _divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
             raise ValueError(
-                f"tp_size={self.tp_size} does not divide the attention heads of {model_config.model_type} ({named}). "
-                f"tp_size can be one of {_divisors(*heads.values())}; put the remaining ranks into dp_shard_size."
+                f"tp_size={self.tp_size} does not divide the attention heads of {model_config.model_type} "
+                f"(num_attention_heads={heads} and num_key_value_heads={kv_heads}). tp_size can be one of {sizes}; put the "
+                "remaining ranks into dp_shard_size."
             )
         for name in ("vocab_size", "intermediate_size"):
-            size = getattr(text, name, None)
+            size = size_of(text, name)
             # DTensor gives each rank ceil(size / tp) rows, so the last ranks of a tiny dimension can end up with none.
-            if isinstance(size, int) and -(-size // self.tp_size) * (self.tp_size - 1) >= size:
+            if size and -(-size // self.tp_size) * (self.tp_size - 1) >= size:
                 most = max(n for n in range(1, size + 1) if -(-size // n) * (n - 1) < size and n <= self.tp_size)
                 raise ValueError(
                     f"{name}={size} of {model_config.model_type} leaves a rank without a row at tp_size={self.tp_size}; "

@@ -22,7 +22,7 @@ from . import compat, guard
 from .config import TPSPConfig, environment_flag
 from .plan import decoder_layers, own_parameters, plan_for, rule_for
 from .recompute import selective_contexts
-from .styles import Block, Copy, ReplicatedGradients, Replica, style_for
+from .styles import Block, Copy, Replica, ReplicatedGradients, Stream, style_for
 
 logger = logging.get_logger(__name__)
 
@@ -145,10 +145,19 @@ def _apply_plan(
             style.parameter_rules = {p: rule for p, rule in own.items() if rule}
             style.shard(module, gradients)
             style.install(module, gradients)
-    for module in model.modules():
-        if isinstance(block := vars(module).get("_tpsp_style"), Block):
-            styles = ((part, vars(part).get("_tpsp_style")) for part in module.modules() if part is not module)
-            block.inside = [part for part, style in styles if type(style) in (Replica, Copy)]
+    _hand_over(model, None)
+
+
+def _hand_over(module: nn.Module, owner: Block | Stream | None) -> None:
+    """Tell each block of the parameters inside it that it makes plain at its entry: those that no style's forward does, for
+    their module may be read without being called. Outside the blocks, a layer does."""
+    style = vars(module).get("_tpsp_style")
+    if isinstance(style, (Block, Stream)):
+        owner = style
+    elif type(style) in (Replica, Copy) and owner is not None:
+        owner.inside.append(module)
+    for child in module.children():
+        _hand_over(child, owner)
 
 
 def _check_sharded(model: nn.Module) -> None:

@@ -24,13 +24,14 @@ import itertools
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
-from .config import TPSPConfig
-from .prove import Call, Twin
+from .config import TPSPConfig, size_of
+from .prove import TOKENS, Call, Twin
 from .styles import Block, features, is_norm
 
 # Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
@@ -98,7 +99,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(itertools.chain.from_iterable(layer_lists(model).values()))
 
 
-def packed_parts(block: nn.Module, total: int, inner: int) -> Iterator[tuple[int, ...]]:
+def packed_parts(total: int, inner: int) -> Iterator[tuple[int, ...]]:
     """Ways in which `total` output features can be projections of which one has the `inner` ones of the closing layer."""
     rest = total - inner
     if total == 2 * inner:
@@ -116,22 +117,30 @@ def packed_rule(parts: tuple[int, ...], projection: nn.Module, heads: int | None
     return f"{'packed_colwise' if even else 'colwise_gathered'}:{named}"
 
 
+def is_plain_embedding(module: nn.Module) -> bool:
+    """Whether a lookup is a sum over the ranks of lookups in a part of the vocabulary."""
+    return isinstance(module, nn.Embedding) and own_parameters(module) == ["weight"] and not any(module.children())
+
+
 def own(block: nn.Module, names: tuple[str, ...]) -> int | None:
     """The first of the attributes `names` that the block, or its config, has."""
     owners = [block, getattr(block, "config", None)]
-    return next((v for o in owners if o is not None for n in names if isinstance(v := getattr(o, n, None), int)), None)
+    return next((size for owner in owners if owner is not None for n in names if (size := size_of(owner, n))), None)
 
 
-def layouts(block: nn.Module, native: dict[str, str], call: Call, config: TPSPConfig) -> Iterator[dict[str, str]]:
+def layouts(
+    block: nn.Module, native: dict[str, str], calls: dict[str, Call], config: TPSPConfig, hidden: int
+) -> Iterator[dict[str, str]]:
     """The ways to split `block` that are worth a try, by name inside the block. The same number of them, in the same
     order, for a block and for its small copy.
 
     Args:
         native: transformers' rules for what is inside the block, by name.
-        call: how the small copy was called.
+        calls: how the small copy's modules were called, by name.
+        hidden: the width of the stream.
     """
     inside = dict(block.named_modules())
-    linears = {name: inside[name] for name in call.linears if name in inside}
+    call = calls[""]
     heads, kv_heads = own(block, Block.HEADS), own(block, Block.KV_HEADS)
     shared = kv_heads if heads and kv_heads and kv_heads < min(heads, config.tp_size) else None
     rest = {}
@@ -145,9 +154,9 @@ def layouts(block: nn.Module, native: dict[str, str], call: Call, config: TPSPCo
         width, head_dim = features(inside[name])[1], own(block, ("head_dim",))
         return f"colwise_gathered:{width}@{shared}" if shared and head_dim and width == shared * head_dim else "colwise"
 
-    bases = []
-    if native:
-        rules, packings = {}, [()]
+    def translated() -> Iterator[dict[str, str]]:
+        """transformers' plan."""
+        rules = {}
         closing = [n for n, rule in native.items() if rule == SPLIT_INPUT]
         opened = [n for n, rule in native.items() if rule == GATHERED]
         for name, rule in native.items():
@@ -164,21 +173,66 @@ def layouts(block: nn.Module, native: dict[str, str], call: Call, config: TPSPCo
                 rules[name] = "split:-2"
         if len(closing) == 1 and len(opened) == 1:
             total, inner = features(inside[opened[0]])[1], features(inside[closing[0]])[0]
-            for parts in packed_parts(block, total, inner):
-                bases.append({**rules, opened[0]: packed_rule(parts, inside[opened[0]], shared, config)})
-        gathered = {**dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_split")}
-        bases.append({**rules, **gathered})
-    elif linears:
-        *before, last = linears
-        closer, entries = linears[last], [n for n in before if call.linears[n]]
-        inner = features(closer)[0]
-        packed = [n for n in entries if features(linears[n])[1] > inner]
-        for parts in [None, *(packed_parts(block, features(linears[packed[0]])[1], inner) if len(packed) == 1 else ())]:
-            rules = {n: opening(n) for n in entries}
-            if parts:
-                rules[packed[0]] = packed_rule(parts, linears[packed[0]], shared, config)
-            bases.append({**rules, last: "rowwise"})
+            for parts in packed_parts(total, inner):
+                yield {**rules, opened[0]: packed_rule(parts, inside[opened[0]], shared, config)}
+        yield {**rules, **dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_split")}
 
+    def derived() -> Iterator[dict[str, str]]:
+        """The linear layers that are fed what the block is fed, or what those make of it, and the last one."""
+        linears = {name: inside[name] for name in call.linears}
+        if not linears:
+            return
+        *before, last = linears
+        inner = features(linears[last])[0]
+        entries = [n for n in before if call.linears[n]]
+        later = [n for n in before if not call.linears[n]]  # up-projections of compressed ones
+        bare = {n: "split:0" for n, p in block.named_parameters(recurse=False) if heads and p.shape[:1] == (heads,)}
+        packed = [n for n in entries if features(linears[n])[1] > inner]
+        parts = list(packed_parts(features(linears[packed[0]])[1], inner)) if len(packed) == 1 else []
+        for few in range(len(entries), -1, -1):
+            for chosen in itertools.combinations(entries, few) if later else [entries] if few == len(entries) else []:
+                rules = {**{n: opening(n) for n in (*chosen, *(later if few < len(entries) or not entries else ()))}, **bare}
+                yield {**rules, last: "rowwise"}
+                for part in parts:
+                    yield {**rules, packed[0]: packed_rule(part, linears[packed[0]], shared, config), last: "rowwise"}
+
+    def experts() -> Iterator[dict[str, str]]:
+        """Stacked expert weights `[experts, …]`: gate and up packed or interleaved, and down."""
+        for split in ("packed:{},2", "split:{}"):
+            rules = {}
+            for name, module in inside.items():
+                stacked = {n: p.shape for n, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)}
+                if not any(len(shape) == 3 for shape in stacked.values()):
+                    continue
+                for n, shape in stacked.items():
+                    full, is_down = f"{name}.{n}" if name else n, any(w in n for w in ("down", "w2", "output"))
+                    if len(shape) == 3 and hidden in shape[1:]:
+                        dim = -2 if shape[-1] == hidden and (shape[-2] != hidden or not is_down) else -1
+                        rules[full] = f"split:{dim}" if is_down else split.format(dim)
+                    elif len(shape) == 2 and "bias" in n:
+                        rules[full] = "mean" if is_down else split.format(-1)
+            if rules:
+                yield rules
+
+    def enclosed() -> dict[str, str]:
+        """MLPs inside the block that transformers' plan leaves out: shared experts."""
+        rules = {}
+        for name, module in inside.items():
+            linears = {n: module.get_submodule(n) for n in calls[name].linears} if name and name in calls else {}
+            if len(linears) < 2 or any(f"{name}.{n}" in native for n in linears):
+                continue
+            *before, last = linears
+            inner = features(linears[last])[0]
+            if all(calls[name].linears[n] and features(linears[n])[1] == inner for n in before):
+                rules |= {f"{name}.{n}": "colwise" for n in before} | {f"{name}.{last}": "rowwise"}
+        return rules
+
+    if native:
+        bases = list(translated())
+        if inner := enclosed():
+            bases += [{**inner, **base} for base in bases]
+    else:
+        bases = [*derived(), *({**enclosed(), **base} for base in experts())]
     groups = ["groups"] if shared else []
     for base in bases:
         for variants in ([], ["heads"], ["heads", "widths"]):
@@ -203,10 +257,11 @@ class _Planner:
         self.native = dict(model.tp_plan or {})
         self.modules = dict(model.named_modules())
         self.lists = layer_lists(model)
-        self.twin = Twin(model)
+        self.twin = Twin(model, self.lists)
         self.twins = {self.kind(name, module): name for name, module in reversed(self.twin.modules.items())}
         self.proofs: dict[tuple, int | None] = {}
         self.plan = Plan(config.sequence_parallel)
+        self.hidden, self.width = (m.config.get_text_config(decoder=True).hidden_size for m in (self.twin.model, model))
 
     @staticmethod
     def kind(name: str, module: nn.Module) -> tuple:
@@ -234,16 +289,20 @@ class _Planner:
             self.plan.notes.append(f"no sequence parallel: {self.reason}")
         for stem, layers in self.lists.items():
             for index, layer in enumerate(layers):
-                if own_parameters(layer):
-                    self.set(f"{stem}.{index}", "stream")
+                self.plan_layer(f"{stem}.{index}", layer)
                 for name in self.children(f"{stem}.{index}"):
                     self.plan_child(name)
         self.plan_outside()
-        first = next(iter(self.lists))
-        if self.plan.sequence_parallel:
-            self.plan[f"{first}.0"] = "enter"
         check_complete(self.model, self.plan)
         return self.plan
+
+    def plan_layer(self, name: str, layer: nn.Module) -> None:
+        call = self.call(name)
+        along = call.meets() if call is not None else []
+        if self.plan.sequence_parallel and (along or name.endswith(".0")):
+            self.set(name, f"enter:{','.join(along)}" if along else "enter")
+        elif own_parameters(layer) or any(self.call(child) is None for child in self.children(name)):
+            self.set(name, "stream")
 
     def children(self, name: str) -> Iterator[str]:
         """The modules with parameters below `name` whose forward is called from there."""
@@ -264,17 +323,26 @@ class _Planner:
         for kind in {self.model.config.model_type, self.model.config.get_text_config(decoder=True).model_type}:
             if kind in NO_SEQUENCE_PARALLEL:
                 return NO_SEQUENCE_PARALLEL[kind]
-        if len(self.lists) > 1:
-            return f"the stream passes through {len(self.lists)} stacks of layers ({', '.join(self.lists)})"
+        stream = torch.Size((2, TOKENS, self.hidden))
         for name in self.above():
-            if own_parameters(self.modules[name]):
-                return f"{name or 'the model'} has parameters of its own beside its layers"
+            call = self.call(name)
+            if call is not None and (found := call.beyond_pointwise(self.hidden, began=True)):
+                return f"{name or 'the model'} does more than add and scale between its layers ({found})"
         for stem, layers in self.lists.items():
-            for index in range(len(layers)):
-                for name in self.children(f"{stem}.{index}"):
-                    call = self.call(name)
-                    if call is not None and not call.is_sequence:
-                        return f"{wildcard(name)} is not called with a stream [batch, seq, hidden]"
+            for name in (f"{stem}.{index}" for index in range(len(layers))):
+                layer = self.call(name)
+                if layer is None or not layer.streams:
+                    continue
+                if layer.streams[0].shape != stream:
+                    return f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
+                if found := layer.beyond_pointwise(self.hidden, began=True):
+                    return f"{wildcard(name)} does more than add and scale beside its blocks ({found})"
+                for child in self.children(name):
+                    call = self.call(child)
+                    if call is None:
+                        return f"{wildcard(child)} is used without being called"
+                    if not call.is_sequence:
+                        return f"{wildcard(child)} is not given [batch, seq, hidden]"
         return None
 
     def above(self) -> list[str]:
@@ -284,7 +352,9 @@ class _Planner:
 
     def set(self, name: str, rule: str) -> None:
         """One rule for all layers, if the others agree; else this layer's own."""
-        if self.plan.setdefault(wildcard(name), rule) != rule:
+        if rule.startswith("enter") and name.endswith(".0"):
+            self.plan[name] = rule
+        elif self.plan.setdefault(wildcard(name), rule) != rule:
             self.plan[name] = rule
 
     def plan_child(self, name: str) -> None:
@@ -292,22 +362,31 @@ class _Planner:
         block, call = self.modules[name], self.call(name)
         if is_norm(block):
             return self.set(name, "norm")
-        native = self.inside(name)
-        rules = None
-        if call is not None:
-            twin = self.twin_of(name)
-            small = self.twin.modules[twin]
-            key = self.kind(name, block)
-            if key not in self.proofs:
-                tries = layouts(small, native, call, TPSPConfig(tp_size=2))
-                self.proofs[key] = next((i for i, rules in enumerate(tries) if self.twin.adds_up(twin, rules)), None)
-                if self.proofs[key] is None:
-                    self.plan.notes.append(f"{wildcard(name)} ({type(block).__name__}) is not split")
-            if self.proofs[key] is not None:
-                rules = next(itertools.islice(layouts(block, native, call, self.config), self.proofs[key], None))
+        native, rules = self.inside(name), None
+        if call is not None and (index := self.proof(name, native)) is not None:
+            calls = self.calls_in(self.twin_of(name))
+            rules = next(itertools.islice(layouts(block, native, calls, self.config, self.width), index, None))
         rules = rules or whole_layout(block, native, call)
+        if call is None:  # its parameters are read by whoever uses it
+            rules[""] = "copy"
         for part, rule in rules.items():
             self.set(f"{name}.{part}" if part else name, rule)
+
+    def proof(self, name: str, native: dict[str, str]) -> int | None:
+        """The first of the block's layouts whose ranks add up to it on the small copy, or None."""
+        key = self.kind(name, self.modules[name])
+        if key not in self.proofs:
+            twin = self.twin_of(name)
+            tries = layouts(self.twin.modules[twin], native, self.calls_in(twin), TPSPConfig(tp_size=2), self.hidden)
+            self.proofs[key] = next((i for i, rules in enumerate(tries) if self.twin.adds_up(twin, rules)), None)
+            if self.proofs[key] is None:
+                self.plan.notes.append(f"{key[0]} ({key[1]}) is not split")
+        return self.proofs[key]
+
+    def calls_in(self, twin: str) -> dict[str, Call]:
+        """How the modules in the block `twin` were called, by name inside it."""
+        prefix = f"{twin}."
+        return {n.removeprefix(prefix) if n != twin else "": c for n, c in self.twin.calls.items() if n == twin or n.startswith(prefix)}
 
     def inside(self, name: str) -> dict[str, str]:
         """transformers' rules for what is in the block `name`, by name inside it."""
@@ -319,22 +398,27 @@ class _Planner:
         """What is beside the layers."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         names = {id(module): name for name, module in self.modules.items()}
-        others = []
+        computes = False  # something before the layers that needs the whole sequence
         for parent in self.above():
             for name in self.children(parent):
                 module = self.modules[name]
                 if module is embedding or module is head or self.is_around_layers(name):
                     continue
-                if is_norm(module) and parent == self.above()[-1] and self.is_last(name):
+                if is_norm(module) and self.is_last(name, parent):
                     self.plan[name] = "norm"
                 else:
-                    others.append(name)
+                    computes |= not self.is_last(name, parent)
                     for part, rule in whole_layout(module, {}, None).items():
                         self.plan[f"{name}.{part}" if part else name] = rule
             if own_parameters(self.modules[parent]):
                 self.plan[parent] = "stream"
-        if embedding is not None:
-            self.plan[names[id(embedding)]] = "embedding:plain" if others and self.plan.sequence_parallel else "embedding"
+            call = self.call(parent)
+            computes |= call is not None and call.beyond_pointwise(self.hidden, began=False) is not None
+        if embedding is not None and not is_plain_embedding(embedding):
+            name = names[id(embedding)]
+            self.plan.update({f"{name}.{part}" if part else name: rule for part, rule in whole_layout(embedding, {}, None).items()})
+        elif embedding is not None:
+            self.plan[names[id(embedding)]] = "embedding:plain" if computes and self.plan.sequence_parallel else "embedding"
         if head is not None:
             self.plan[names[id(head)]] = "lazy_head" if self.config.loss == "chunked" else "head"
 
@@ -342,11 +426,11 @@ class _Planner:
         """Whether the module holds a list of layers, or is in one."""
         return any(f"{stem}.".startswith(f"{name}.") or name.startswith(f"{stem}.") for stem in self.lists)
 
-    def is_last(self, name: str) -> bool:
-        """Whether the module comes after the layers."""
+    def is_last(self, name: str, parent: str) -> bool:
+        """Whether the module comes after the layers that are in `parent`."""
         order = list(self.twin.calls)  # by the end of each call
-        layers = [n for n in order if any(n.startswith(f"{stem}.") for stem in self.lists)]
-        return name in order and order.index(name) > order.index(layers[-1])
+        stems = tuple(f"{stem}." for stem in self.lists if f"{stem}.".startswith(f"{parent}." if parent else ""))
+        return name in order and order.index(name) > max(i for i, n in enumerate(order) if n.startswith(stems))
 
 
 def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:
@@ -366,7 +450,7 @@ def check_complete(model: nn.Module, plan: dict[str, str]) -> None:
     """Raise `ValueError` naming every parameter whose module no rule covers, and the module that owns it."""
     missing: dict[str, str] = {}
     for module_name, module in model.named_modules():
-        if rule_for(module_name, plan) not in (None, "enter"):
+        if rule_for(module_name, plan) is not None:
             continue
         for name in own_parameters(module):
             missing[wildcard(f"{module_name}.{name}" if module_name else name)] = type(module).__name__

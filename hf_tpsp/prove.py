@@ -3,19 +3,21 @@
 A block is split if its output is a sum of one term for each rank. Then every gradient is right too: the ranks' gradients of
 what they share are terms of a sum (`styles.Replica`), by the chain rule, whatever the block computes. So the forward is
 all there is to prove. `Twin` builds a small random copy of the model (`shrink.py`), records how each block is called, and
-runs the block as rank 0 and as rank 1 would, with the plan's layouts, in fp64: the two outputs must add up to the whole one.
+runs the block as rank 0 and as rank 1 would, with the plan's layouts: the two outputs must add up to the whole one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +27,7 @@ from .styles import style_for
 
 RANKS = 2
 TOKENS = 11
-LIMIT = 1e-5  # relative; transformers casts to fp32 inside norms and softmax
+LIMIT = 1e-4  # relative, in fp32: a wrong layout is off by as much as the output itself
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     output: Tensor
+    names: list[str] = field(default_factory=list)  # of its forward's parameters
     linears: dict[str, bool] = field(default_factory=dict)
     """The linear layers that it called, in order, and whether their input was what the module itself was given."""
 
@@ -44,10 +47,37 @@ class Call:
         tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         return [x for x in tensors if x.shape == tensors[0].shape]
 
+    glue: list[tuple[str, list[torch.Size], bool]] = field(default_factory=list)
+    """The operations that its own forward ran on floating tensors `[batch, seq, …]`: name, shapes of the tensors, and whether
+    a decoder layer had been called by then."""
+
     @property
     def is_sequence(self) -> bool:
-        """Whether it was given, and returned, `[batch, seq, …]`."""
-        return bool(self.streams) and all(x.shape[:2] == (2, TOKENS) for x in (self.streams[0], self.output))
+        """Whether it was given `[batch, seq, …]`, and returned that, or `[batch * seq, …]`."""
+        shapes = (2, TOKENS), (2 * TOKENS,)
+        given, returned = (self.streams or [self.output])[0].shape, self.output.shape
+        return given[:2] == shapes[0] and (returned[:2] == shapes[0] or returned[:1] == shapes[1])
+
+    def beyond_pointwise(self, hidden: int, began: bool) -> str | None:
+        """What its own forward does, before or since the layers `began`, to a stream `[batch, seq, hidden]` that cannot be
+        done to a part of the sequence."""
+        stream = torch.Size((2, TOKENS, hidden))
+        for name, shapes, since in self.glue:
+            others = [s for s in shapes if s != stream and s.numel() > max(1, *s[-1:]) and s not in self.along]
+            if since == began and (name not in POINTWISE or others):
+                return f"{name} of {' and '.join(str(list(s)) for s in shapes)}"
+        return None
+
+    @property
+    def along(self) -> dict[torch.Size, str]:
+        """Shape → name, of what it is given along the sequence, beside the stream."""
+        named = {**dict(zip(self.names[1:], self.args[1:], strict=False)), **self.kwargs}
+        named = {n: x for n, x in named.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3}
+        return {x.shape: n for n, x in named.items() if x.shape[:2] == (2, TOKENS)}
+
+    def meets(self) -> list[str]:
+        """Names of those that its own forward puts together with the stream."""
+        return sorted({self.along[s] for _, shapes, _ in self.glue for s in shapes if s in self.along})
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -56,10 +86,36 @@ def first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-class Twin:
-    """A small copy of `model`, and how its modules were called."""
+POINTWISE = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float", "contiguous", "expand", "expand_as", "view", "view_as"}
+"""Operations that do to a part of the sequence what they do to the whole."""
 
-    def __init__(self, model: PreTrainedModel):
+
+class _Glue(TorchFunctionMode):
+    """Notes the operations on floating tensors `[batch, seq, …]`, with the module in whose own forward they are."""
+
+    def __init__(self, open_calls: list, began: Callable[[], bool]):
+        self.open_calls, self.began, self.found = open_calls, began, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "").strip("_")
+        name = name.removeprefix("i") if name.startswith(("iadd", "isub", "imul")) else name
+        name = name.removeprefix("r") if name in ("radd", "rmul") else name
+        shapes = [x.shape for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+        if name in ("view", "reshape", "expand") and shapes and func(*args, **(kwargs or {})).shape == shapes[0]:
+            name = "view"  # of the same shape
+        elif name in ("view", "expand"):
+            name = "reshape"
+        # (The last four are the recording's own.)
+        if self.open_calls and name not in ("get", "size", "dim", "is_floating_point", "detach", "equal", "clone") and any(s[:2] == (2, TOKENS) for s in shapes):
+            self.found.append((self.open_calls[-1][0], name, shapes, self.began()))
+        return func(*args, **(kwargs or {}))
+
+
+class Twin:
+    """A small copy of `model`, whose layers are in the lists `stems`, and how its modules were called."""
+
+    def __init__(self, model: PreTrainedModel, stems: Iterable[str]):
+        self.stems = tuple(f"{stem}." for stem in stems)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet():
             self.model = shrunk_like(model).eval()
             self.modules = dict(self.model.named_modules())
@@ -68,11 +124,14 @@ class Twin:
     def _record(self) -> dict[str, Call]:
         calls: dict[str, Call] = {}
         open_calls: list[tuple[str, tuple, dict]] = []
+        started: list[str] = []  # calls in the layers
         hooks = []
 
         def before(name):
             def hook(module, args, kwargs):
                 open_calls.append((name, *_detached((args, kwargs))))
+                if name.startswith(self.stems):
+                    started.append(name)
 
             return hook
 
@@ -83,7 +142,7 @@ class Twin:
                 if found is None:
                     return
                 if name not in calls:
-                    calls[name] = Call(args, kwargs, found.detach().clone())
+                    calls[name] = Call(args, kwargs, found.detach().clone(), parameter_names(module))
                 if isinstance(module, (nn.Linear, Conv1D)) and args:
                     for outer, given, named in open_calls:
                         streams = Call(given, named, found).streams if first_tensor([*given, *named.values()]) is not None else []
@@ -99,8 +158,11 @@ class Twin:
             hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
         vocabulary = self.model.get_input_embeddings().num_embeddings
         ids = torch.randint(3, vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
+        with torch.no_grad(), _Glue(open_calls, lambda: bool(started)) as glue:
             self.model(input_ids=ids, use_cache=False)
+        for name, *found in glue.found:
+            if name in calls:
+                calls[name].glue.append(tuple(found))
         for hook in hooks:
             hook.remove()
         for name, found in linears.items():
@@ -132,6 +194,11 @@ class Twin:
         args, kwargs = copy.deepcopy((call.args, call.kwargs))
         args, kwargs, _ = styles[""].map_streams(args, kwargs, lambda x: x, RANKS, marked=False)
         return first_tensor(block(*args, **kwargs))
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Of its class's forward, without `self`."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def is_parameter(module: nn.Module, name: str) -> bool:

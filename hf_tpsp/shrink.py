@@ -66,12 +66,12 @@ FILLED = ("head_dim", "n_shared_experts", "num_key_value_heads", "n_routed_exper
 # Model type → what its rows above do not say.
 PECULIAR: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere_compass_text": {"rope_parameters": None},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "granitemoe_swa": {"layer_types": ["sliding_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 2, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"chunk_size": 16},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
@@ -114,6 +114,8 @@ def _shrink(values: dict[str, Any], attribute_map: dict[str, str]) -> None:
     for name, value in list(values.items()):
         if value is None and name in FILLED:
             value = 1 << 30
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            values[name] = 0.0
         if isinstance(value, bool):
             continue
         if isinstance(value, (list, tuple)) and kinds and len(value) == kinds[0]:
@@ -139,7 +141,7 @@ def _shrink(values: dict[str, Any], attribute_map: dict[str, str]) -> None:
 
 
     if values.get("head_dim") and values.get("qk_rope_head_dim"):  # names the rotary part, or the whole
-        values["head_dim"] = ROPE_DIM if head_dim == rope_dim else ROPE_DIM + values["qk_nope_head_dim"]
+        values["head_dim"] = ROPE_DIM if head_dim == rope_dim else ROPE_DIM + values.get("qk_nope_head_dim", HEAD_DIM - ROPE_DIM)
     expand = values.get("mamba_expand") or values.get("expand")
     mamba_heads = next((n for n in ("mamba_n_heads", "n_mamba_heads", "num_heads") if n in values), None)
     if expand and mamba_heads and any(n in values for n in ("mamba_d_head", "mamba_headdim", "head_dim")):
@@ -172,12 +174,12 @@ def _layer_kinds(values: dict) -> tuple[int, list[int]] | None:
 
 
 def shrunk_like(model: PreTrainedModel) -> PreTrainedModel:
-    """A small random copy of `model`, of its own class, in fp64.
+    """A small random copy of `model`, of its own class.
 
     Raises:
         ValueError: it cannot be built from a smaller config, or a size of it does not follow the config.
     """
-    return shrunk_model(model.config, type(model), dtype=torch.float64)
+    return shrunk_model(model.config, type(model))
 
 
 def shrunk_model(

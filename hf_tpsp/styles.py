@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -356,25 +357,63 @@ class Embedding(Style):
         return self.leave_region(out.masked_fill(foreign.unsqueeze(-1), 0), gradients.mesh)
 
 
-class Enter(Style):
-    """On the first decoder layer: a plain stream (`inputs_embeds` of the caller's) is cut into sequence shards.
+class Stream(Style):
+    """Parameters of a decoder layer, or of the model, beside its modules: they meet the stream itself.
 
-    Forward: none. Backward: all-gather. A stream that is sharded already passes through.
+    On a sharded stream they are DTensors, as it is. Without SP they are plain meanwhile. A hook, as for `Enter`.
+    """
+
+    def __init__(self, config: TPSPConfig):
+        super().__init__(config)
+        self.inside: list[nn.Module] = []  # modules that are used without being called
+
+    def install(self, module, gradients):
+        if self.sequence_parallel:
+            return
+        open_contexts = []
+
+        def before(module, args):
+            open_contexts.append(contextlib.ExitStack())
+            open_contexts[-1].enter_context(self.local_parameters(module, gradients))
+            for part in self.inside:
+                open_contexts[-1].enter_context(part._tpsp_style.local_parameters(part, gradients))
+
+        def after(module, args, output):
+            open_contexts.pop().close()
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
+
+
+class Enter(Stream):
+    """On a decoder layer: a plain stream (the caller's `inputs_embeds`) is cut into sequence shards, and so is what the layer
+    takes along the sequence beside it (`enter:per_layer_input`).
+
+    Forward: none. Backward: all-gather. What is sharded already passes through.
     """
 
     backward_collective = "all-gather if plain"
 
+    def __init__(self, config: TPSPConfig, *names: str):
+        super().__init__(config)
+        self.names = names
+
     def install(self, module, gradients):
+        super().install(module, gradients)
+        order = list(inspect.signature(type(module).forward).parameters)[1:]
+
+        def cut(x: Any) -> Any:
+            if isinstance(x, DTensor) or not isinstance(x, Tensor):
+                return x
+            return slice_sequence(x, gradients.mesh)
+
         # A hook, not a wrapped forward: transformers checkpoints a layer only if its class's own forward is called.
         def enter(module, args, kwargs):
-            x = args[0] if args else kwargs.get("hidden_states")
-            if not self.sequence_parallel or not isinstance(x, Tensor) or isinstance(x, DTensor):
-                return None
-            full = DTensor.from_local(x, gradients.mesh, [Replicate()], run_check=False)
-            shard = full.redistribute(placements=[SEQUENCE])
-            return ((shard, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": shard})
+            args = tuple(cut(x) if i == 0 or name in self.names else x for i, (name, x) in enumerate(zip(order, args)))
+            return args, {name: cut(x) if name in ("hidden_states", *self.names) else x for name, x in kwargs.items()}
 
-        module.register_forward_pre_hook(enter, with_kwargs=True)
+        if self.sequence_parallel:
+            module.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 class Norm(Style):
@@ -413,28 +452,6 @@ class Replica(Norm):
         if is_norm(module):  # so that only its input is kept
             return super().run(module, inner, gradients, args, kwargs)
         return inner(*args, **kwargs)  # the block has made the parameters plain
-
-
-class Stream(Style):
-    """Parameters of a decoder layer, or of the model, beside its modules: they meet the stream itself.
-
-    On a sharded stream they are DTensors, as it is. Without SP they are plain meanwhile. A hook, as for `Enter`.
-    """
-
-    def install(self, module, gradients):
-        if self.sequence_parallel:
-            return
-        open_contexts = []
-
-        def before(module, args):
-            open_contexts.append(self.local_parameters(module, gradients))
-            open_contexts[-1].__enter__()
-
-        def after(module, args, output):
-            open_contexts.pop().__exit__(None, None, None)
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after, always_call=True)
 
 
 class Copy(Style):
@@ -492,18 +509,23 @@ class Block(Style):
         self.inside: list[nn.Module] = []  # the modules whose parameters are made plain at the entry
 
     def adjust(self, module, rank, size):
-        names = [*(self.HEADS if "heads" in self.variants else ()), *(self.WIDTHS if "widths" in self.variants else ())]
-        kv_names = self.KV_HEADS if "heads" in self.variants else ()
-        config = vars(module).get("config")
-        if config is not None and (names or kv_names):
-            config = module.config = copy.copy(config)
-        for owner in (module, config):
-            for name in (*names, *kv_names):
-                if isinstance(whole := vars(owner).get(name) if owner is not None else None, int):
-                    setattr(owner, name, max(1, whole // size) if name in kv_names else whole // size)
+        if "heads" in self.variants or "widths" in self.variants:
+            for part in module.modules():
+                self.share(part, size)
         if "groups" in self.variants:  # a kv head serves several ranks
             heads = next(n for n in self.HEADS if hasattr(self.of(module), n))
             module.num_key_value_groups = max(1, getattr(self.of(module), heads) // size)
+
+    def share(self, part: nn.Module, size: int) -> None:
+        """Set the heads (and widths) that `part` and its config name to one rank's share."""
+        names = self.HEADS + self.KV_HEADS + (self.WIDTHS if "widths" in self.variants else ())
+        config = vars(part).get("config")
+        if config is not None:
+            config = part.config = copy.copy(config)
+        for owner in (part, config):
+            for name in names:
+                if owner is not None and isinstance(whole := vars(owner).get(name), int):
+                    setattr(owner, name, max(1, whole // size))
 
     @staticmethod
     def of(module: nn.Module):
@@ -526,8 +548,8 @@ class Block(Style):
         size: int,
         other: Callable[[Tensor], Tensor] = lambda x: x,
         marked: bool = True,
-    ) -> tuple[tuple, dict, bool]:
-        """`args` and `kwargs` with the streams entered, and whether there was one. `marked`: a stream is a DTensor."""
+    ) -> tuple[tuple, dict, torch.Size | None]:
+        """`args` and `kwargs` with the streams entered, and the first one's shape. `marked`: a stream is a DTensor."""
         found: list[Tensor] = []
 
         def visit(x: Any) -> Any:
@@ -545,14 +567,16 @@ class Block(Style):
 
         args = tuple(visit(x) for x in args)
         kwargs = {name: visit(x) for name, x in kwargs.items()}
-        return args, kwargs, bool(found)
+        return args, kwargs, found[0].shape if found else None
 
-    def exit(self, output: Any, mesh: DeviceMesh) -> Any:
-        """The first tensor of what the module returned, back in the stream."""
-        if isinstance(output, Tensor):
-            return self.leave_region(output, mesh)
-        first, *rest = output
-        return type(output)((self.leave_region(first, mesh), *rest))
+    def exit(self, output: Any, shape: torch.Size, mesh: DeviceMesh) -> Any:
+        """The first tensor of what the module returned, back in the stream, whose `shape` is `[batch, seq, …]`."""
+        if not isinstance(output, Tensor):
+            first, *rest = output
+            return type(output)((self.exit(first, shape, mesh), *rest))
+        if output.shape[:2] != shape[:2]:  # [batch * seq, …]
+            output = output.view(*shape[:2], *output.shape[1:])
+        return self.leave_region(output, mesh)
 
 
 class Gather(Block):
@@ -594,7 +618,7 @@ class Gather(Block):
                     args, kwargs, lambda x: enter_region(x, mesh), mesh.size(), other
                 )
                 output = inner(*args, **kwargs)
-        return self.exit(output, mesh) if entered else output
+        return self.exit(output, entered, mesh) if entered else output
 
 
 class Whole(Block):
@@ -613,7 +637,7 @@ class Whole(Block):
                 args, kwargs, gather_whole if self.sequence_parallel else lambda x: x, gradients.mesh.size()
             )
             output = inner(*args, **kwargs)
-        return self.exit(output, gradients.mesh) if entered else output
+        return self.exit(output, entered, gradients.mesh) if entered else output
 
     def leave_region(self, whole, mesh):
         return slice_sequence(whole, mesh) if self.sequence_parallel else whole
