@@ -65,6 +65,11 @@ def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return _ops.wait_tensor(_ops.all_gather_into_tensor(x, mesh.size(), mesh.get_group().group_name))
 
 
+def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of the ranks' `x`, in a new tensor, which a model may write into."""
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", mesh.get_group().group_name))
+
+
 def reduce_scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """`[size * n, …]` → the sum over the ranks of this rank's `[n, …]`."""
     size, group = mesh.size(), mesh.get_group()

@@ -224,13 +224,14 @@ def causal_lm_loss(
     return total / num_items_in_batch
 
 
-def patch_loss(model: PreTrainedModel) -> None:
-    """Give `model` the loss above, and no key-value cache in training.
+def patch_loss(model: PreTrainedModel, loss_parallel: bool = True) -> None:
+    """Give `model` the loss above, if its logits are `loss_parallel`, and no key-value cache in training.
 
     Logits of a call without labels and without gradients come back whole (generation); all others stay sharded, and
     `.full_tensor()`, called on every rank of the TP group, makes them whole.
     """
-    model.loss_function = causal_lm_loss
+    if loss_parallel:
+        model.loss_function = causal_lm_loss
     inner = model.forward
 
     def finish(logits, loss):

@@ -122,7 +122,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     from .loss import patch_loss
 
-    patch_loss(model)
+    patch_loss(model, plan.loss_parallel)
     guard.install(model, mesh["tp"])
     return model
 

@@ -31,7 +31,7 @@ from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
 from .config import TPSPConfig, size_of
-from .prove import TOKENS, Call, Twin
+from .prove import RANKS, TOKENS, Call, Twin
 from .styles import Block, features, is_norm
 
 # Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
@@ -47,13 +47,15 @@ class Plan(dict[str, str]):
     """Module (or parameter) name, with `*` for layer numbers → name in `styles.STYLES`, with arguments after a colon.
 
     Attributes:
-        sequence_parallel: whether the stream is sharded over the sequence.
+        sequence_parallel: whether the stream is sharded over the sequence. loss_parallel: whether the logits are, over the
+            vocabulary.
         notes: what is not as asked for, a sentence each.
     """
 
     def __init__(self, sequence_parallel: bool):
         super().__init__()
         self.sequence_parallel = sequence_parallel
+        self.loss_parallel = False
         self.notes: list[str] = []
 
 
@@ -90,6 +92,9 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
             lists[name] = module
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of layers that hf_tpsp could find. Train it with FSDP alone.")
+    ruled = {rule.split(".*", 1)[0] for rule in (model.tp_plan or {}) if ".*" in rule}
+    if ruled & lists.keys():
+        return {name: layers for name, layers in lists.items() if name in ruled}
     sizes = {name: sum(p.numel() for p in layers.parameters()) for name, layers in lists.items()}
     kinds = {type(layer) for layer in lists[max(sizes, key=sizes.get)]}
     return {name: layers for name, layers in lists.items() if type(layers[0]) in kinds}
@@ -97,24 +102,6 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(itertools.chain.from_iterable(layer_lists(model).values()))
-
-
-def packed_parts(total: int, inner: int) -> Iterator[tuple[int, ...]]:
-    """Ways in which `total` output features can be projections of which one has the `inner` ones of the closing layer."""
-    rest = total - inner
-    if total == 2 * inner:
-        yield inner, inner
-    if rest > 0 and rest % 2 == 0:
-        yield inner, rest // 2, rest // 2
-
-
-def packed_rule(parts: tuple[int, ...], projection: nn.Module, heads: int | None, config: TPSPConfig) -> str:
-    """The rule of a linear layer that holds projections of widths `parts`; `heads`: of the last two, if ranks share them."""
-    named = ",".join(f"{part}@{heads}" if heads and i else str(part) for i, part in enumerate(parts))
-    # The strided layout of equal parts leaves FSDP only the input dimension, which it cannot shard unevenly.
-    even = len(set(parts)) == 1 and not heads and parts[0] % config.tp_size == 0
-    even = even and features(projection)[0] % config.dp_shard_size == 0
-    return f"{'packed_colwise' if even else 'colwise_gathered'}:{named}"
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
@@ -128,117 +115,147 @@ def own(block: nn.Module, names: tuple[str, ...]) -> int | None:
     return next((size for owner in owners if owner is not None for n in names if (size := size_of(owner, n))), None)
 
 
-def layouts(
-    block: nn.Module, native: dict[str, str], calls: dict[str, Call], config: TPSPConfig, hidden: int
-) -> Iterator[dict[str, str]]:
-    """The ways to split `block` that are worth a try, by name inside the block. The same number of them, in the same
-    order, for a block and for its small copy.
+def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hidden: int) -> Iterator[dict[str, str]]:
+    """The ways to split `block`, a small copy's, that are worth a try: rules by name inside the block, without sizes
+    (`with_sizes`).
 
     Args:
         native: transformers' rules for what is inside the block, by name.
-        calls: how the small copy's modules were called, by name.
+        calls: how the copy's modules were called, by name.
         hidden: the width of the stream.
     """
     inside = dict(block.named_modules())
-    call = calls[""]
-    heads, kv_heads = own(block, Block.HEADS), own(block, Block.KV_HEADS)
-    shared = kv_heads if heads and kv_heads and kv_heads < min(heads, config.tp_size) else None
     rest = {}
     for name, module in inside.items():
         if name and own_parameters(module):
             rest[name] = "replica"
         elif type(module) in ACTIVATIONS:
             rest[name] = "activation"
-
-    def opening(name: str) -> str:
-        width, head_dim = features(inside[name])[1], own(block, ("head_dim",))
-        return f"colwise_gathered:{width}@{shared}" if shared and head_dim and width == shared * head_dim else "colwise"
-
-    def translated() -> Iterator[dict[str, str]]:
-        """transformers' plan."""
-        rules = {}
-        closing = [n for n, rule in native.items() if rule == SPLIT_INPUT]
-        opened = [n for n, rule in native.items() if rule == GATHERED]
-        for name, rule in native.items():
-            if name in inside:
-                if rule == "colwise" and isinstance(inside[name], nn.Linear):
-                    rules[name] = opening(name)
-                elif rule in ("rowwise", SPLIT_INPUT):
-                    rules[name] = "rowwise"
-            elif rule == "rowwise" and not name.endswith("bias"):
-                rules[name] = "split:-1"
-            elif rule in ("packed_rowwise", "packed_colwise") and not name.endswith("bias"):
-                rules[name] = f"packed:{-1 if rule == 'packed_rowwise' else -2},2"
-            elif rule == "colwise":
-                rules[name] = "split:-2"
-        if len(closing) == 1 and len(opened) == 1:
-            total, inner = features(inside[opened[0]])[1], features(inside[closing[0]])[0]
-            for parts in packed_parts(total, inner):
-                yield {**rules, opened[0]: packed_rule(parts, inside[opened[0]], shared, config)}
-        yield {**rules, **dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_split")}
-
-    def derived() -> Iterator[dict[str, str]]:
-        """The linear layers that are fed what the block is fed, or what those make of it, and the last one."""
-        linears = {name: inside[name] for name in call.linears}
-        if not linears:
-            return
-        *before, last = linears
-        inner = features(linears[last])[0]
-        entries = [n for n in before if call.linears[n]]
-        later = [n for n in before if not call.linears[n]]  # up-projections of compressed ones
-        bare = {n: "split:0" for n, p in block.named_parameters(recurse=False) if heads and p.shape[:1] == (heads,)}
-        packed = [n for n in entries if features(linears[n])[1] > inner]
-        parts = list(packed_parts(features(linears[packed[0]])[1], inner)) if len(packed) == 1 else []
-        for few in range(len(entries), -1, -1):
-            for chosen in itertools.combinations(entries, few) if later else [entries] if few == len(entries) else []:
-                rules = {**{n: opening(n) for n in (*chosen, *(later if few < len(entries) or not entries else ()))}, **bare}
-                yield {**rules, last: "rowwise"}
-                for part in parts:
-                    yield {**rules, packed[0]: packed_rule(part, linears[packed[0]], shared, config), last: "rowwise"}
-
-    def experts() -> Iterator[dict[str, str]]:
-        """Stacked expert weights `[experts, …]`: gate and up packed or interleaved, and down."""
-        for split in ("packed:{},2", "split:{}"):
-            rules = {}
-            for name, module in inside.items():
-                stacked = {n: p.shape for n, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)}
-                if not any(len(shape) == 3 for shape in stacked.values()):
-                    continue
-                for n, shape in stacked.items():
-                    full, is_down = f"{name}.{n}" if name else n, any(w in n for w in ("down", "w2", "output"))
-                    if len(shape) == 3 and hidden in shape[1:]:
-                        dim = -2 if shape[-1] == hidden and (shape[-2] != hidden or not is_down) else -1
-                        rules[full] = f"split:{dim}" if is_down else split.format(dim)
-                    elif len(shape) == 2 and "bias" in n:
-                        rules[full] = "mean" if is_down else split.format(-1)
-            if rules:
-                yield rules
-
-    def enclosed() -> dict[str, str]:
-        """MLPs inside the block that transformers' plan leaves out: shared experts."""
-        rules = {}
-        for name, module in inside.items():
-            linears = {n: module.get_submodule(n) for n in calls[name].linears} if name and name in calls else {}
-            if len(linears) < 2 or any(f"{name}.{n}" in native for n in linears):
-                continue
-            *before, last = linears
-            inner = features(linears[last])[0]
-            if all(calls[name].linears[n] and features(linears[n])[1] == inner for n in before):
-                rules |= {f"{name}.{n}": "colwise" for n in before} | {f"{name}.{last}": "rowwise"}
-        return rules
-
     if native:
-        bases = list(translated())
-        if inner := enclosed():
-            bases += [{**inner, **base} for base in bases]
+        bases = list(translated(native, inside))
+        if mlps := enclosed_mlps(native, inside, calls):
+            bases += [{**mlps, **base} for base in bases]
     else:
-        bases = [*derived(), *({**enclosed(), **base} for base in experts())]
-    groups = ["groups"] if shared else []
+        mlps = enclosed_mlps(native, inside, calls)
+        bases = [*derived(block, inside, calls[""]), *({**mlps, **base} for base in stacked_experts(inside, hidden))]
     for base in bases:
         for variants in ([], ["heads"], ["heads", "widths"]):
-            for residual in ([], ["residual"]) if len(call.streams) > 1 else ([],):
-                named = ",".join([*variants, *groups, *residual])
+            for residual in ([], ["residual"]) if len(calls[""].streams) > 1 else ([],):
+                named = ",".join([*variants, *residual])
                 yield {"": f"gather:{named}" if named else "gather", **rest, **base}
+
+
+def packings(projection: str, closing: str) -> Iterator[str]:
+    """Rules of a layer that holds several projections: gate and up, or query, key and value of whatever widths."""
+    yield "pair"
+    yield f"qkv:{closing}"
+
+
+def translated(native: dict[str, str], inside: dict[str, nn.Module]) -> Iterator[dict[str, str]]:
+    """transformers' plan. A gathered output with a split input after it may be a packed projection."""
+    rules = {}
+    closing = [n for n, rule in native.items() if rule == SPLIT_INPUT]
+    opened = [n for n, rule in native.items() if rule == GATHERED]
+    for name, rule in native.items():
+        if name in inside:
+            if rule == "colwise" and isinstance(inside[name], nn.Linear):
+                rules[name] = "colwise"
+            elif rule in ("rowwise", SPLIT_INPUT):
+                rules[name] = "rowwise"
+        elif rule == "rowwise" and not name.endswith("bias"):
+            rules[name] = "split:-1"
+        elif rule in ("packed_rowwise", "packed_colwise") and not name.endswith("bias"):
+            rules[name] = f"packed:{-1 if rule == 'packed_rowwise' else -2},2"
+        elif rule == "colwise":
+            rules[name] = "split:-2"
+    if len(closing) == 1 and len(opened) == 1:
+        for packing in packings(opened[0], closing[0]):
+            yield {**rules, opened[0]: packing}
+    yield {**rules, **dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_split")}
+
+
+def derived(block: nn.Module, inside: dict[str, nn.Module], call: Call) -> Iterator[dict[str, str]]:
+    """The linear layers that are fed what the block is fed, or what those make of it, and the last one that it calls."""
+    linears = {name: inside[name] for name in call.linears}
+    if not linears:
+        return
+    *before, last = linears
+    entries = [n for n in before if call.linears[n]]
+    later = [n for n in before if not call.linears[n]]  # up-projections of compressed ones
+    packed = [n for n in entries if features(linears[n])[1] > features(linears[last])[0]]
+    heads = own(block, Block.HEADS)
+    bare = {n: "split:0" for n, p in block.named_parameters(recurse=False) if heads and p.shape[:1] == (heads,)}
+    choices = [(entries, [])]
+    if later:
+        choices += [(few, later) for n in range(len(entries), -1, -1) for few in itertools.combinations(entries, n)]
+    for opening in (dict.fromkeys([*chosen, *ups], "colwise") for chosen, ups in choices):
+        yield {**opening, **bare, last: "rowwise"}
+        if len(packed) == 1 and packed[0] in opening:
+            for packing in packings(packed[0], last):
+                yield {**opening, **bare, packed[0]: packing, last: "rowwise"}
+
+
+def stacked_experts(inside: dict[str, nn.Module], hidden: int) -> Iterator[dict[str, str]]:
+    """Expert weights `[experts, …]` and their biases: gate and up, one after the other or interleaved, and down."""
+    for opening in ("packed:{},2", "split:{}"):
+        rules = {}
+        for name, module in inside.items():
+            stacked = {n: p.shape for n, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)}
+            if not any(len(shape) == 3 for shape in stacked.values()):
+                continue
+            for n, shape in stacked.items():
+                full, closes = f"{name}.{n}" if name else n, any(word in n for word in ("down", "w2", "output"))
+                if len(shape) == 3 and hidden in shape[1:]:
+                    dim = -2 if shape[-1] == hidden else -1
+                    rules[full] = f"split:{dim}" if closes else opening.format(dim)
+                elif len(shape) == 2 and "bias" in n:
+                    rules[full] = "mean" if closes else opening.format(-1)
+        if rules:
+            yield rules
+
+
+def enclosed_mlps(native: dict[str, str], inside: dict[str, nn.Module], calls: dict[str, Call]) -> dict[str, str]:
+    """MLPs inside a block that transformers' plan leaves out: shared experts."""
+    rules = {}
+    for name in inside:
+        linears = {n: inside[f"{name}.{n}"] for n in calls[name].linears} if name and name in calls else {}
+        if len(linears) < 2 or any(f"{name}.{n}" in native for n in linears):
+            continue
+        *before, last = linears
+        width = features(linears[last])[0]
+        if all(calls[name].linears[n] and features(linears[n])[1] == width for n in before):
+            rules |= {f"{name}.{n}": "colwise" for n in before} | {f"{name}.{last}": "rowwise"}
+    return rules
+
+
+def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> dict[str, str]:
+    """`rules` for `block`, which has the structure of the one that they were proven on."""
+    inside = dict(block.named_modules())
+    heads, kv_heads = own(block, Block.HEADS), own(block, Block.KV_HEADS)
+    shared = kv_heads if heads and kv_heads and kv_heads < min(heads, config.tp_size) else None
+    sized = dict(rules)
+    for name, rule in rules.items():
+        kind, _, closing = rule.partition(":")
+        if kind in ("pair", "qkv"):
+            total = features(inside[name])[1]
+            first = total // 2 if kind == "pair" else features(inside[closing])[0]
+            parts = [first] if kind == "pair" else [(total - first) // 2] * 2
+            sized[name] = packed_rule((first, *parts), inside[name], shared if kind == "qkv" else None, config)
+        elif rule == "colwise" and shared and features(inside[name])[1] == shared * (own(block, ("head_dim",)) or 0):
+            sized[name] = f"colwise_gathered:{features(inside[name])[1]}@{shared}"
+    if shared:
+        sized[""] += (":" if ":" not in sized[""] else ",") + "groups"
+    return sized
+
+
+def packed_rule(parts: tuple[int, ...], projection: nn.Module, heads: int | None, config: TPSPConfig) -> str:
+    """The rule of a linear layer that holds projections of widths `parts`; `heads`: of all but the first, if ranks share
+    them."""
+    named = ",".join(f"{part}@{heads}" if heads and i else str(part) for i, part in enumerate(parts))
+    # The strided layout of equal parts leaves FSDP only the input dimension, which it cannot shard unevenly.
+    even = len(set(parts)) == 1 and not heads and parts[0] % config.tp_size == 0
+    even = even and features(projection)[0] % config.dp_shard_size == 0
+    return f"{'packed_colwise' if even else 'colwise_gathered'}:{named}"
 
 
 def whole_layout(block: nn.Module, native: dict[str, str], call: Call | None) -> dict[str, str]:
@@ -259,9 +276,9 @@ class _Planner:
         self.lists = layer_lists(model)
         self.twin = Twin(model, self.lists)
         self.twins = {self.kind(name, module): name for name, module in reversed(self.twin.modules.items())}
-        self.proofs: dict[tuple, int | None] = {}
+        self.proofs: dict[tuple, dict[str, str] | None] = {}
         self.plan = Plan(config.sequence_parallel)
-        self.hidden, self.width = (m.config.get_text_config(decoder=True).hidden_size for m in (self.twin.model, model))
+        self.hidden = self.twin.model.config.get_text_config(decoder=True).hidden_size
 
     @staticmethod
     def kind(name: str, module: nn.Module) -> tuple:
@@ -283,10 +300,16 @@ class _Planner:
         return self.twins[kind]
 
     def make(self) -> Plan:
+        if (reader := self.twin.reads_embedding) is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} takes rows of its embedding's weight by itself (in {reader or 'its forward'}), "
+                "which a vocabulary-sharded embedding does not have on every rank. Train its text model alone, or with FSDP."
+            )
         self.reason = self.stream_reason()
         if self.reason and self.plan.sequence_parallel:
             self.plan.sequence_parallel = False
             self.plan.notes.append(f"no sequence parallel: {self.reason}")
+        self.split_together()
         for stem, layers in self.lists.items():
             for index, layer in enumerate(layers):
                 self.plan_layer(f"{stem}.{index}", layer)
@@ -295,6 +318,17 @@ class _Planner:
         self.plan_outside()
         check_complete(self.model, self.plan)
         return self.plan
+
+    def split_together(self) -> None:
+        """Blocks of one class in one place split all or none: they may hand each other their heads' keys and values."""
+        for name in (child for stem, layers in self.lists.items() for i in range(len(layers)) for child in self.children(f"{stem}.{i}")):
+            if self.call(name) is not None and not is_norm(self.modules[name]):
+                self.proof(name, self.inside(name))
+        whole = {key[:2] for key, rules in self.proofs.items() if rules is None}
+        for key in self.proofs:
+            if key[:2] in whole:
+                self.proofs[key] = None
+        self.plan.notes += [f"{name} ({cls}) is not split" for name, cls in sorted(whole)]
 
     def plan_layer(self, name: str, layer: nn.Module) -> None:
         call = self.call(name)
@@ -323,10 +357,13 @@ class _Planner:
         for kind in {self.model.config.model_type, self.model.config.get_text_config(decoder=True).model_type}:
             if kind in NO_SEQUENCE_PARALLEL:
                 return NO_SEQUENCE_PARALLEL[kind]
+        head = self.model.get_output_embeddings()
+        if head is not None and not any(self.modules.get(name) is head for above in self.above() for name in self.children(above)):
+            return "its head is part of a larger module"
         stream = torch.Size((2, TOKENS, self.hidden))
         for name in self.above():
             call = self.call(name)
-            if call is not None and (found := call.beyond_pointwise(self.hidden, began=True)):
+            if call is not None and (found := call.beyond_pointwise(self.hidden, stage="layers")):
                 return f"{name or 'the model'} does more than add and scale between its layers ({found})"
         for stem, layers in self.lists.items():
             for name in (f"{stem}.{index}" for index in range(len(layers))):
@@ -335,7 +372,7 @@ class _Planner:
                     continue
                 if layer.streams[0].shape != stream:
                     return f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
-                if found := layer.beyond_pointwise(self.hidden, began=True):
+                if found := layer.beyond_pointwise(self.hidden, stage="layers"):
                     return f"{wildcard(name)} does more than add and scale beside its blocks ({found})"
                 for child in self.children(name):
                     call = self.call(child)
@@ -362,25 +399,25 @@ class _Planner:
         block, call = self.modules[name], self.call(name)
         if is_norm(block):
             return self.set(name, "norm")
-        native, rules = self.inside(name), None
-        if call is not None and (index := self.proof(name, native)) is not None:
-            calls = self.calls_in(self.twin_of(name))
-            rules = next(itertools.islice(layouts(block, native, calls, self.config, self.width), index, None))
-        rules = rules or whole_layout(block, native, call)
+        native = self.inside(name)
+        if call is not None and (proven := self.proof(name, native)) is not None:
+            rules = with_sizes(proven, block, self.config)
+        else:
+            rules = whole_layout(block, native, call)
         if call is None:  # its parameters are read by whoever uses it
             rules[""] = "copy"
         for part, rule in rules.items():
             self.set(f"{name}.{part}" if part else name, rule)
 
-    def proof(self, name: str, native: dict[str, str]) -> int | None:
+    def proof(self, name: str, native: dict[str, str]) -> dict[str, str] | None:
         """The first of the block's layouts whose ranks add up to it on the small copy, or None."""
         key = self.kind(name, self.modules[name])
         if key not in self.proofs:
             twin = self.twin_of(name)
-            tries = layouts(self.twin.modules[twin], native, self.calls_in(twin), TPSPConfig(tp_size=2), self.hidden)
-            self.proofs[key] = next((i for i, rules in enumerate(tries) if self.twin.adds_up(twin, rules)), None)
-            if self.proofs[key] is None:
-                self.plan.notes.append(f"{key[0]} ({key[1]}) is not split")
+            block = self.twin.modules[twin]
+            tries = layouts(block, native, self.calls_in(twin), self.hidden)
+            sized = ((rules, with_sizes(rules, block, TPSPConfig(tp_size=RANKS))) for rules in tries)
+            self.proofs[key] = next((rules for rules, sizes in sized if self.twin.adds_up(twin, sizes)), None)
         return self.proofs[key]
 
     def calls_in(self, twin: str) -> dict[str, Call]:
@@ -398,6 +435,7 @@ class _Planner:
         """What is beside the layers."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         names = {id(module): name for name, module in self.modules.items()}
+        others = []
         computes = False  # something before the layers that needs the whole sequence
         for parent in self.above():
             for name in self.children(parent):
@@ -407,20 +445,30 @@ class _Planner:
                 if is_norm(module) and self.is_last(name, parent):
                     self.plan[name] = "norm"
                 else:
+                    others.append(f"{name}.")
                     computes |= not self.is_last(name, parent)
                     for part, rule in whole_layout(module, {}, None).items():
                         self.plan[f"{name}.{part}" if part else name] = rule
             if own_parameters(self.modules[parent]):
                 self.plan[parent] = "stream"
             call = self.call(parent)
-            computes |= call is not None and call.beyond_pointwise(self.hidden, began=False) is not None
-        if embedding is not None and not is_plain_embedding(embedding):
-            name = names[id(embedding)]
-            self.plan.update({f"{name}.{part}" if part else name: rule for part, rule in whole_layout(embedding, {}, None).items()})
-        elif embedding is not None:
-            self.plan[names[id(embedding)]] = "embedding:plain" if computes and self.plan.sequence_parallel else "embedding"
-        if head is not None:
+            computes |= call is not None and call.beyond_pointwise(self.hidden, stage="embedding") is not None
+        if not self.twin.calls_loss_function:
+            self.plan.notes.append("no loss parallel: the model computes its cross entropy itself")
+        elif head is not None and names[id(head)].startswith(tuple(others)):
+            self.plan.notes.append(f"no loss parallel: the head {names[id(head)]} is part of a larger module")
+        elif head is not None:
             self.plan[names[id(head)]] = "lazy_head" if self.config.loss == "chunked" else "head"
+            self.plan.loss_parallel, head = True, None
+        if embedding is not None and head is None and is_plain_embedding(embedding):
+            plain = computes and self.plan.sequence_parallel
+            self.plan[names[id(embedding)]] = "embedding:plain" if plain else "embedding"
+            embedding = None
+        for module in (head, embedding):  # what is left is whole: the two may be one
+            if module is not None:
+                name = names[id(module)]
+                for part, rule in whole_layout(module, {}, None).items():
+                    self.plan[f"{name}.{part}" if part else name] = rule
 
     def is_around_layers(self, name: str) -> bool:
         """Whether the module holds a list of layers, or is in one."""
@@ -430,7 +478,7 @@ class _Planner:
         """Whether the module comes after the layers that are in `parent`."""
         order = list(self.twin.calls)  # by the end of each call
         stems = tuple(f"{stem}." for stem in self.lists if f"{stem}.".startswith(f"{parent}." if parent else ""))
-        return name in order and order.index(name) > max(i for i, n in enumerate(order) if n.startswith(stems))
+        return name in order and order.index(name) > max((i for i, n in enumerate(order) if n.startswith(stems)), default=len(order))
 
 
 def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:

@@ -47,9 +47,9 @@ class Call:
         tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         return [x for x in tensors if x.shape == tensors[0].shape]
 
-    glue: list[tuple[str, list[torch.Size], bool]] = field(default_factory=list)
-    """The operations that its own forward ran on floating tensors `[batch, seq, …]`: name, shapes of the tensors, and whether
-    a decoder layer had been called by then."""
+    glue: list[tuple[str, list[torch.Size], str]] = field(default_factory=list)
+    """The operations that its own forward ran on floating tensors `[batch, seq, …]`: name, shapes of the tensors, and the
+    stage: "embedding", "layers" since the first of these was called, "head" since that was."""
 
     @property
     def is_sequence(self) -> bool:
@@ -58,13 +58,13 @@ class Call:
         given, returned = (self.streams or [self.output])[0].shape, self.output.shape
         return given[:2] == shapes[0] and (returned[:2] == shapes[0] or returned[:1] == shapes[1])
 
-    def beyond_pointwise(self, hidden: int, began: bool) -> str | None:
-        """What its own forward does, before or since the layers `began`, to a stream `[batch, seq, hidden]` that cannot be
-        done to a part of the sequence."""
+    def beyond_pointwise(self, hidden: int, stage: str) -> str | None:
+        """What its own forward does at a `stage` to a stream `[batch, seq, hidden]` that cannot be done to a part of the
+        sequence."""
         stream = torch.Size((2, TOKENS, hidden))
-        for name, shapes, since in self.glue:
+        for name, shapes, when in self.glue:
             others = [s for s in shapes if s != stream and s.numel() > max(1, *s[-1:]) and s not in self.along]
-            if since == began and (name not in POINTWISE or others):
+            if when == stage and (name not in POINTWISE or others):
                 return f"{name} of {' and '.join(str(list(s)) for s in shapes)}"
         return None
 
@@ -81,38 +81,46 @@ class Call:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    while isinstance(output, (tuple, list)) and output:
-        output = output[0]
+    while isinstance(output, (tuple, list, dict)) and output:
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
     return output if isinstance(output, Tensor) else None
 
 
-POINTWISE = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float", "contiguous", "expand", "expand_as", "view", "view_as"}
+POINTWISE = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float", "contiguous", "expand_as", "same"}
 """Operations that do to a part of the sequence what they do to the whole."""
+SPELLINGS = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div", "truediv": "div"}
 
 
 class _Glue(TorchFunctionMode):
     """Notes the operations on floating tensors `[batch, seq, …]`, with the module in whose own forward they are."""
 
-    def __init__(self, open_calls: list, began: Callable[[], bool]):
-        self.open_calls, self.began, self.found = open_calls, began, []
+    def __init__(self, open_calls: list, stage: Callable[[], str], embedding: nn.Module):
+        self.open_calls, self.stage, self.embedding, self.found = open_calls, stage, embedding, []
+        self.reader: str | None = None  # of the embedding's weight, beside the embedding
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "").strip("_")
-        name = name.removeprefix("i") if name.startswith(("iadd", "isub", "imul")) else name
-        name = name.removeprefix("r") if name in ("radd", "rmul") else name
+        result = func(*args, **(kwargs or {}))
+        if args and args[0] is getattr(self.embedding, "weight", None) and self.open_calls and getattr(func, "__name__", "") == "__getitem__":
+            self.reader = self.open_calls[-1][0]
         shapes = [x.shape for x in args if isinstance(x, Tensor) and x.is_floating_point()]
-        if name in ("view", "reshape", "expand") and shapes and func(*args, **(kwargs or {})).shape == shapes[0]:
-            name = "view"  # of the same shape
-        elif name in ("view", "expand"):
-            name = "reshape"
-        # (The last four are the recording's own.)
-        if self.open_calls and name not in ("get", "size", "dim", "is_floating_point", "detach", "equal", "clone") and any(s[:2] == (2, TOKENS) for s in shapes):
-            self.found.append((self.open_calls[-1][0], name, shapes, self.began()))
-        return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").strip("_")
+        name = SPELLINGS.get(name, name)
+        if name in ("view", "reshape", "expand", "getitem"):
+            name = "same" if isinstance(result, Tensor) and shapes and result.shape == shapes[0] else "reshape"
+        ours = ("is_floating_point", "detach", "equal", "clone")  # the recording's own
+        if self.open_calls and name not in ("get", "size", "dim", *ours) and any(s[:2] == (2, TOKENS) for s in shapes):
+            self.found.append((self.open_calls[-1][0], name, shapes, self.stage()))
+        return result
 
 
 class Twin:
-    """A small copy of `model`, whose layers are in the lists `stems`, and how its modules were called."""
+    """A small copy of `model`, whose layers are in the lists `stems`, and how its modules were called.
+
+    Attributes:
+        model, modules: the copy. calls: module name → its first call.
+        reads_embedding: the module, if any, that takes rows of the embedding's weight by itself.
+        calls_loss_function: whether the model leaves its loss to `loss_function`, as most do.
+    """
 
     def __init__(self, model: PreTrainedModel, stems: Iterable[str]):
         self.stems = tuple(f"{stem}." for stem in stems)
@@ -124,14 +132,16 @@ class Twin:
     def _record(self) -> dict[str, Call]:
         calls: dict[str, Call] = {}
         open_calls: list[tuple[str, tuple, dict]] = []
-        started: list[str] = []  # calls in the layers
+        stages, head, embedding = ["embedding"], self.model.get_output_embeddings(), self.model.get_input_embeddings()
         hooks = []
 
         def before(name):
             def hook(module, args, kwargs):
                 open_calls.append((name, *_detached((args, kwargs))))
                 if name.startswith(self.stems):
-                    started.append(name)
+                    stages.append("layers")
+                elif module is head:
+                    stages.append("head")
 
             return hook
 
@@ -156,10 +166,18 @@ class Twin:
         for name, module in self.modules.items():
             hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary = min(embedding.num_embeddings, self.model.config.get_text_config(decoder=True).vocab_size)
         ids = torch.randint(3, vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad(), _Glue(open_calls, lambda: bool(started)) as glue:
-            self.model(input_ids=ids, use_cache=False)
+
+        def loss_function(*args, **kwargs):
+            self.calls_loss_function = True
+            return ids.new_zeros((), dtype=torch.float32)
+
+        self.model.loss_function = loss_function
+        self.calls_loss_function = False
+        with torch.no_grad(), _Glue(open_calls, lambda: stages[-1], embedding) as glue:
+            self.model(input_ids=ids, labels=ids, use_cache=False)
+        self.reads_embedding = glue.reader
         for name, *found in glue.found:
             if name in calls:
                 calls[name].glue.append(tuple(found))

@@ -39,6 +39,7 @@ from . import recompute
 from .collectives import (
     SEQUENCE,
     all_gather_sequence,
+    all_reduce,
     from_local,
     gather_sequence,
     gather_whole,
@@ -185,9 +186,7 @@ class _ReduceFromRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        x = x.contiguous()
-        dist.all_reduce(x, group=mesh.get_group())
-        return x
+        return all_reduce(x, mesh)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -632,15 +631,15 @@ class Whole(Block):
         self.forward_collective = self.backward_collective = "all-gather" if config.sequence_parallel else "-"
 
     def run(self, module, inner, gradients, args, kwargs):
+        entered = None
         with self.local_parameters(module, gradients):
-            args, kwargs, entered = self.map_streams(
-                args, kwargs, gather_whole if self.sequence_parallel else lambda x: x, gradients.mesh.size()
-            )
+            if self.sequence_parallel:
+                args, kwargs, entered = self.map_streams(args, kwargs, gather_whole, gradients.mesh.size())
             output = inner(*args, **kwargs)
         return self.exit(output, entered, gradients.mesh) if entered else output
 
     def leave_region(self, whole, mesh):
-        return slice_sequence(whole, mesh) if self.sequence_parallel else whole
+        return slice_sequence(whole, mesh)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -41,7 +41,8 @@ class Result:
 
     Attributes:
         loss, gradient, weights: the largest relative errors; `parameter`: where the gradient's is.
-        sequence_parallel: whether the stream was sharded over the sequence. notes: why not, and what is not split.
+        sequence_parallel, loss_parallel: whether the stream was sharded over the sequence, and the logits over the vocabulary.
+            notes: why not, and what is not split.
         collectives: of one forward and backward, by kind, on rank 0 of TP.
         error: why there are no figures.
     """
@@ -57,6 +58,7 @@ class Result:
     weights: float = 0.0
     parameter: str = ""
     sequence_parallel: bool = True
+    loss_parallel: bool = True
     notes: list[str] = field(default_factory=list)
     collectives: dict[str, int] = field(default_factory=dict)
     error: str = ""
@@ -172,7 +174,7 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
             optimizer.zero_grad()
     for expected, found in zip(reference.parameters(), model.parameters(), strict=True):
         out["weights"] = larger(out["weights"], relative(full(found.detach()), expected.detach()))
-    return {**out, "sequence_parallel": model._tpsp.config.sequence_parallel, "notes": plan.notes}
+    return {**out, "sequence_parallel": plan.sequence_parallel, "loss_parallel": plan.loss_parallel, "notes": plan.notes}
 
 
 def build(source: str | PreTrainedConfig, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any]) -> PreTrainedModel:
