@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import types
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from . import compat, guard
 from .config import TPSPConfig, environment_flag
 from .plan import decoder_layers, own_parameters, plan_for, rule_for
 from .recompute import selective_contexts
-from .styles import Block, Copy, Replica, ReplicatedGradients, Stream, style_for
+from .styles import Block, Copy, Gather, OneShare, Replica, ReplicatedGradients, Stream, style_for
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +105,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     _apply_plan(model, plan, gradients, config)
     model.tie_weights()
     _check_sharded(model)
+    _share_router_logits(model, config.tp_size)
     name = type(model).__name__
     _apply_fsdp(model, mesh, config)
     compat.keep_name(model, name)
@@ -158,6 +160,29 @@ def _hand_over(module: nn.Module, owner: Block | Stream | None) -> None:
         owner.inside.append(module)
     for child in module.children():
         _hand_over(child, owner)
+
+
+def _share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
+    """Have the auxiliary loss of an MoE model reach its routers once, and not from each rank.
+
+    A router inside a split block adds up the ranks' gradients (`Replica`). All ranks compute the auxiliary loss alike, from
+    the logits that the decoder hands out.
+    """
+    routers = [m for m in model.modules() if isinstance(vars(m).get("_tpsp_style"), Gather) and any(_routers(m))]
+    if not routers:
+        return
+
+    def share(module, args, output):
+        if isinstance(output, dict) and output.get("router_logits") is not None:
+            output["router_logits"] = tuple(OneShare.apply(x, tp_size) for x in output["router_logits"])
+
+    model.get_decoder().register_forward_hook(share)
+
+
+def _routers(block: nn.Module) -> Iterator[nn.Module]:
+    """What chooses among the experts inside a block: the replicated parameters beside stacked expert weights."""
+    if any(p.dim() == 3 for p in block.parameters()):
+        yield from (m for m in block.modules() if type(vars(m).get("_tpsp_style")) is Replica)
 
 
 def _check_sharded(model: nn.Module) -> None:

@@ -317,6 +317,11 @@ class _Planner:
                     self.plan_child(name)
         self.plan_outside()
         check_complete(self.model, self.plan)
+        if not self.plan.loss_parallel and not any(self.proofs.values()):
+            raise ValueError(
+                f"hf_tpsp found nothing in {type(self.model).__name__} that tensor parallelism can split: "
+                f"{'; '.join(self.plan.notes)}. Train it with FSDP alone."
+            )
         return self.plan
 
     def split_together(self) -> None:

@@ -66,7 +66,7 @@ FILLED = ("head_dim", "n_shared_experts", "num_key_value_heads", "n_routed_exper
 # Model type → what its rows above do not say.
 PECULIAR: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": None},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "granitemoe_swa": {"layer_types": ["sliding_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},

@@ -193,6 +193,19 @@ class _ReduceFromRegion(torch.autograd.Function):
         return grad, None
 
 
+class OneShare(torch.autograd.Function):
+    """Identity forward; backward, one rank's share of a gradient that all ranks have alike, so that they add up to it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad / ctx.size, None
+
+
 class Style:
     """How a module's parameters are laid out over the TP ranks, and what happens around its forward.
 

@@ -3,7 +3,8 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
 import pytest
-from distributed import RankPool
+
+from hf_tpsp.ranks import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,10 @@ import models
 import torch
 import torch.distributed as dist
 import transformers
-from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.recompute import Recomputed
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+from hf_tpsp.verify import KeepFp64, full, larger, relative
 
 
 def dp_rank(mesh) -> int:
@@ -36,48 +30,6 @@ def shared_folder() -> str:
     names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)
     return names[0]
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖; a zero tensor must stay zero."""
-    norm = expected.norm().item()
-    return ((found - expected).norm() / (norm or 1.0)).item()
-
-
-class KeepFp64(TorchFunctionMode):
-    """No cast of an fp64 tensor to fp32. transformers casts inside norms, softmax and loss, which leaves 1e-7 of rounding
-    in an fp64 comparison, and more where terms cancel; without it, what remains is error."""
-
-    def __enter__(self):
-        self._backward = backward = Recomputed.backward
-
-        def with_mode(ctx, grad):  # the autograd engine runs without the modes of its caller
-            TorchFunctionMode.__enter__(self)
-            try:
-                return backward(ctx, grad)
-            finally:
-                TorchFunctionMode.__exit__(self, None, None, None)
-
-        Recomputed.backward = staticmethod(with_mode)
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        Recomputed.backward = staticmethod(self._backward)
-        return super().__exit__(*exc)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            if func is torch.Tensor.float:
-                return args[0]
-            args = [torch.float64 if a is torch.float32 else a for a in args]
-            kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-def larger(a: float, b: float) -> float:
-    """`max` that lets NaN through: an error that is not a number is the largest of all."""
-    return a if a >= b else b
 
 
 def compare(
