@@ -121,7 +121,7 @@ def run_plan(args: argparse.Namespace) -> None:
             style = style_for(rule, config)
             table.add_row(key, type(module).__name__, rule, style.forward_collective, style.backward_collective)
     # A pipe gets the whole width; a terminal its own.
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 def run_verify(args: argparse.Namespace) -> None:

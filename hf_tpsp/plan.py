@@ -131,13 +131,11 @@ def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hi
             rest[name] = "replica"
         elif type(module) in ACTIVATIONS:
             rest[name] = "activation"
-    if native:
-        bases = list(translated(native, inside))
-        if mlps := enclosed_mlps(native, inside, calls):
-            bases += [{**mlps, **base} for base in bases]
-    else:
-        mlps = enclosed_mlps(native, inside, calls)
-        bases = [*derived(block, inside, calls[""]), *({**mlps, **base} for base in stacked_experts(inside, hidden))]
+    mlps = enclosed_mlps(native, inside, calls)
+    bases = list(translated(native, inside)) if native else []
+    bases += [{**mlps, **base} for base in bases if mlps]
+    bases += derived(block, inside, calls[""])
+    bases += [{**mlps, **base} for base in stacked_experts(inside, hidden)]
     for base in bases:
         for variants in ([], ["heads"], ["heads", "widths"]):
             for residual in ([], ["residual"]) if len(calls[""].streams) > 1 else ([],):
@@ -367,7 +365,7 @@ class _Planner:
             return "its head is part of a larger module"
         stream = torch.Size((2, TOKENS, self.hidden))
         for name in self.above():
-            call = self.call(name)
+            call = self.twin.calls.get(name)
             if call is not None and (found := call.beyond_pointwise(self.hidden, stage="layers")):
                 return f"{name or 'the model'} does more than add and scale between its layers ({found})"
         for stem, layers in self.lists.items():
@@ -456,7 +454,7 @@ class _Planner:
                         self.plan[f"{name}.{part}" if part else name] = rule
             if own_parameters(self.modules[parent]):
                 self.plan[parent] = "stream"
-            call = self.call(parent)
+            call = self.twin.calls.get(parent)
             computes |= call is not None and call.beyond_pointwise(self.hidden, stage="embedding") is not None
         if not self.twin.calls_loss_function:
             self.plan.notes.append("no loss parallel: the model computes its cross entropy itself")

@@ -3,7 +3,7 @@
 import models
 import parity
 import torch
-from distributed import RankPool
+from hf_tpsp.ranks import RankPool
 
 from hf_tpsp import TPSPConfig
 

@@ -3,11 +3,14 @@
 import models
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from hf_tpsp import TPSPConfig, plan_for
 from hf_tpsp.cli import main
 from hf_tpsp.plan import rule_for, wildcard
+from hf_tpsp.shrink import shrunk_config
+from hf_tpsp.styles import rows_of
 
 TP2 = TPSPConfig(tp_size=2)
 
@@ -43,8 +46,8 @@ def test_qwen3():
 
 def test_phi3_packed_projections():
     plan = plan_for(on_meta("phi3"), TP2)
-    assert plan["model.layers.*.self_attn"] == "gather_heads"
-    assert plan["model.layers.*.self_attn.qkv_proj"] == "packed_uneven:32,16,16"
+    assert plan["model.layers.*.self_attn"] == "gather:heads"
+    assert plan["model.layers.*.self_attn.qkv_proj"] == "colwise_gathered:32,16,16"
     assert plan["model.layers.*.mlp.gate_up_proj"] == "packed_colwise:64,64"
     plan = plan_for(on_meta("phi3", num_key_value_heads=8), TP2)
     assert plan["model.layers.*.self_attn.qkv_proj"] == "packed_colwise:32,32,32"
@@ -60,35 +63,86 @@ def test_every_parameter_is_covered_and_every_rule_used(model_type):
         assert rule_for(name.rpartition(".")[0], plan) is not None, name
 
 
-def test_a_parameter_that_no_rule_covers_is_named():
+def test_a_modification_that_the_config_does_not_know_is_named():
     model = on_meta("llama")
     for layer in model.model.layers:
         layer.mlp.scale = nn.Parameter(torch.ones(3, device="meta"))
-    model.model.layers[1].mlp.extra_proj = nn.Linear(4, 4, device="meta")
     with pytest.raises(ValueError) as error:
         plan_for(model, TP2)
-    for word in ("model.layers.*.mlp.scale (in a LlamaMLP)", "model.layers.*.mlp.extra_proj.weight (in a Linear)"):
-        assert word in str(error.value)
+    assert "model.layers.0 (LlamaDecoderLayer) has parameters (model.layers.0.mlp.scale) not in a small" in str(error.value)
 
 
-def test_a_rule_without_a_layout_is_named():
+def test_a_rule_that_does_not_hold_is_not_used():
+    """Swapped rules in transformers' plan do not add up to the block; what its structure says does."""
     model = on_meta("llama")
-    model._tp_plan["model.layers.*.mlp.down_proj"] = "moe_tp_experts"
-    with pytest.raises(ValueError, match=r"model.layers.\*.mlp.down_proj \(moe_tp_experts\)"):
-        plan_for(model, TP2)
+    right = plan_for(model, TP2)
+    model._tp_plan.update({"model.layers.*.mlp.down_proj": "colwise", "model.layers.*.mlp.up_proj": "rowwise"})
+    assert plan_for(model, TP2) == right
 
 
-def test_a_model_without_a_plan_is_refused():
+def from_config(model_type: str, **settings):
+    """A small model of any architecture of transformers, on meta."""
     with torch.device("meta"):
-        import transformers
+        return transformers.AutoModelForCausalLM.from_config(
+            shrunk_config(transformers.AutoConfig.for_model(model_type, **settings))
+        )
 
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no tensor-parallel plan"):
-        plan_for(model, TP2)
+
+def test_without_a_plan_in_transformers():
+    """GPT-2: Conv1D, packed q/k/v that are not interleaved by head, learned positions, biases everywhere."""
+    plan = plan_for(from_config("gpt2"), TP2)
+    assert plan["transformer.h.*.attn"] == "gather:heads,widths"
+    assert plan["transformer.h.*.attn.c_attn"] == "packed_colwise:64,64,64"
+    assert plan["transformer.h.*.attn.c_proj"] == plan["transformer.h.*.mlp.c_proj"] == "rowwise"
+    assert plan["transformer.h.*.mlp.c_fc"] == "colwise"
+    assert plan["transformer.wpe"] == "whole" and plan["transformer.wte"] == "embedding:plain"
+    # GPT-NeoX interleaves them: its rows are split as they lie.
+    assert plan_for(from_config("gpt_neox"), TP2)["gpt_neox.layers.*.attention.query_key_value"] == "colwise"
+
+
+def test_experts_and_routers():
+    plan = plan_for(from_config("qwen2_moe"), TP2)
+    inside = {n.removeprefix("model.layers.*.mlp."): rule for n, rule in plan.items() if "layers.*.mlp" in n}
+    assert inside["experts"] == inside["gate"] == inside["shared_expert_gate"] == "replica"
+    assert inside["experts.gate_up_proj"] == "packed:-2,2" and inside["experts.down_proj"] == "split:-1"
+    assert inside["shared_expert.gate_proj"] == "colwise" and inside["shared_expert.down_proj"] == "rowwise"
+
+
+def test_mla():
+    plan = plan_for(from_config("deepseek_v3"), TP2)
+    inside = {n.removeprefix("model.layers.*.self_attn."): rule for n, rule in plan.items() if "self_attn" in n}
+    assert inside["q_b_proj"] == inside["kv_b_proj"] == "colwise" and inside["o_proj"] == "rowwise"
+    assert inside["q_a_proj"] == inside["kv_a_proj_with_mqa"] == inside["kv_a_layernorm"] == "replica"
+
+
+def test_what_is_not_split_is_noted():
+    plan = plan_for(from_config("qwen3_next"), TP2)
+    assert plan.notes == ["model.layers.*.linear_attn (Qwen3NextGatedDeltaNet) is not split"] and plan.sequence_parallel
+    assert plan["model.layers.*.linear_attn"] == "whole"
+    assert plan["model.layers.*.linear_attn.in_proj_qkvz"] == "colwise_whole"  # transformers gathers its output
+
+
+def test_no_sequence_parallel_is_noted():
+    plan = plan_for(from_config("deepseek_v4"), TP2)
+    assert not plan.sequence_parallel and plan.loss_parallel
+    assert "is given a stream [2, 11, 4, 64], not [batch, seq, hidden]" in plan.notes[0]
+
+
+def test_nothing_to_split():
+    with pytest.raises(ValueError, match="found nothing in BertLMHeadModel that tensor parallelism can split"):
+        plan_for(from_config("bert", is_decoder=True), TP2)
+
+
+def test_rows_of_shared_kv_heads():
+    """4 ranks, 2 kv heads: each rank takes its query heads' one."""
+    assert [rows_of(("64@2",), rank, 4).tolist() for rank in range(4)] == 2 * [list(range(32))] + 2 * [list(range(32, 64))]
+    plan = plan_for(from_config("llama", num_key_value_heads=4, num_attention_heads=8), TPSPConfig(tp_size=4))
+    assert plan["model.layers.*.self_attn"] == "gather:groups"
+    assert plan["model.layers.*.self_attn.k_proj"] == "colwise_gathered:32@2"
 
 
 def test_heads_that_tp_does_not_divide():
-    with pytest.raises(ValueError, match=r"tp_size=3 does not divide .*tp_size can be one of \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"tp_size=3 does not divide .*tp_size can be one of \[1, 2, 4, 8\]"):
         plan_for(on_meta("llama"), TPSPConfig(tp_size=3))
 
 
@@ -99,8 +153,8 @@ def test_cli_table(tmp_path, capsys):
     main(["plan", str(tmp_path), "--tp", "2"])
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:6]] for cells in lines}
-    assert rows["model.layers.*.mlp"] == ["Phi3MLP", "gather", "all-gather", "all-gather, reduce-scatter"]
-    assert rows["model.layers.*.mlp.down_proj"] == ["Linear", "rowwise", "reduce-scatter", "all-gather"]
+    assert rows["model.layers.*.mlp"] == ["Phi3MLP", "gather", "all-gather, reduce-scatter", "2 all-gathers, reduce-scatter"]
+    assert rows["model.layers.*.mlp.down_proj"] == ["Linear", "rowwise", "-", "-"]
     assert rows["model.norm"] == ["Phi3RMSNorm", "norm", "-", "-"]
     assert rows["lm_head"] == ["Linear", "lazy_head", "all-gather", "reduce-scatter"]
     main(["plan", str(tmp_path), "--no-sequence-parallel"])
