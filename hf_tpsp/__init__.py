@@ -5,5 +5,6 @@ from .loss import vocab_parallel_cross_entropy
 from .parallelize import parallelize
 from .plan import plan_for
 from .trainer import TPSPCallback, enable
+from .verify import verify
 
-__all__ = ["TPSPCallback", "TPSPConfig", "enable", "parallelize", "plan_for", "vocab_parallel_cross_entropy"]
+__all__ = ["TPSPCallback", "TPSPConfig", "enable", "parallelize", "plan_for", "verify", "vocab_parallel_cross_entropy"]

@@ -94,8 +94,9 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     if config.async_tp and mesh.device_type != "cuda":
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
     plan = plan_for(model, config)
-    for note in plan.notes:
-        logger.warning_once(f"hf_tpsp: {type(model).__name__}: {note}.")
+    if PartialState().is_main_process:
+        for note in plan.notes:
+            logger.warning_once(f"hf_tpsp: {type(model).__name__}: {note}.")
     config = replace(config, sequence_parallel=plan.sequence_parallel)
     on_meta = any(p.is_meta for p in model.parameters())
     if not on_meta:

@@ -366,7 +366,7 @@ class _Planner:
         stream = torch.Size((2, TOKENS, self.hidden))
         for name in self.above():
             call = self.twin.calls.get(name)
-            if call is not None and (found := call.beyond_pointwise(self.hidden, stage="layers")):
+            if call is not None and (found := call.beyond_pointwise()):
                 return f"{name or 'the model'} does more than add and scale between its layers ({found})"
         for stem, layers in self.lists.items():
             for name in (f"{stem}.{index}" for index in range(len(layers))):
@@ -375,7 +375,7 @@ class _Planner:
                     continue
                 if layer.streams[0].shape != stream:
                     return f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
-                if found := layer.beyond_pointwise(self.hidden, stage="layers"):
+                if found := layer.beyond_pointwise():
                     return f"{wildcard(name)} does more than add and scale beside its blocks ({found})"
                 for child in self.children(name):
                     call = self.call(child)
@@ -455,7 +455,7 @@ class _Planner:
             if own_parameters(self.modules[parent]):
                 self.plan[parent] = "stream"
             call = self.twin.calls.get(parent)
-            computes |= call is not None and call.beyond_pointwise(self.hidden, stage="embedding") is not None
+            computes |= call is not None and call.computes_before_layers(self.hidden)
         if not self.twin.calls_loss_function:
             self.plan.notes.append("no loss parallel: the model computes its cross entropy itself")
         elif head is not None and names[id(head)].startswith(tuple(others)):

@@ -47,9 +47,8 @@ class Call:
         tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         return [x for x in tensors if x.shape == tensors[0].shape]
 
-    glue: list[tuple[str, list[torch.Size], str]] = field(default_factory=list)
-    """The operations that its own forward ran on floating tensors `[batch, seq, …]`: name, shapes of the tensors, and the
-    stage: "embedding", "layers" since the first of these was called, "head" since that was."""
+    glue: list[Operation] = field(default_factory=list)
+    """What its own forward, and not a module that it calls, ran on tensors along the sequence."""
 
     @property
     def is_sequence(self) -> bool:
@@ -58,15 +57,23 @@ class Call:
         given, returned = (self.streams or [self.output])[0].shape, self.output.shape
         return given[:2] == shapes[0] and (returned[:2] == shapes[0] or returned[:1] == shapes[1])
 
-    def beyond_pointwise(self, hidden: int, stage: str) -> str | None:
-        """What its own forward does at a `stage` to a stream `[batch, seq, hidden]` that cannot be done to a part of the
-        sequence."""
-        stream = torch.Size((2, TOKENS, hidden))
-        for name, shapes, when in self.glue:
-            others = [s for s in shapes if s != stream and s.numel() > max(1, *s[-1:]) and s not in self.along]
-            if when == stage and (name not in POINTWISE or others):
-                return f"{name} of {' and '.join(str(list(s)) for s in shapes)}"
+    def beyond_pointwise(self) -> str | None:
+        """What its own forward does to the stream that cannot be done to a part of the sequence, or puts together with it
+        that is not cut as it is."""
+        for operation in self.glue:
+            if operation.on_stream:
+                others = [s for s in operation.foreign if s.numel() > max(1, *s[-1:]) and s not in self.along]
+                if operation.name not in POINTWISE or others:
+                    return str(operation)
         return None
+
+    def computes_before_layers(self, hidden: int) -> bool:
+        """Whether its own forward does more than add and scale to a tensor `[batch, seq, hidden]` before the layers."""
+        stream = torch.Size((2, TOKENS, hidden))
+        return any(
+            not o.layers_began and (o.name not in POINTWISE or any(s != stream and s.numel() > max(1, *s[-1:]) for s in o.shapes))
+            for o in self.glue
+        )
 
     @property
     def along(self) -> dict[torch.Size, str]:
@@ -77,7 +84,26 @@ class Call:
 
     def meets(self) -> list[str]:
         """Names of those that its own forward puts together with the stream."""
-        return sorted({self.along[s] for _, shapes, _ in self.glue for s in shapes if s in self.along})
+        return sorted({self.along[s] for o in self.glue if o.on_stream for s in o.foreign if s in self.along})
+
+
+@dataclass
+class Operation:
+    """One operation of a forward on floating tensors of which one is `[batch, seq, …]`.
+
+    Attributes:
+        shapes: of its tensors. foreign: of those that the stream is not in. on_stream: whether it is in one. The stream starts at
+            the first layer. layers_began: whether that had been called.
+    """
+
+    name: str
+    shapes: list[torch.Size]
+    foreign: list[torch.Size]
+    on_stream: bool
+    layers_began: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} of {' and '.join(str(list(s)) for s in self.shapes)}"
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -86,30 +112,51 @@ def first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-POINTWISE = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float", "contiguous", "expand_as", "same"}
-"""Operations that do to a part of the sequence what they do to the whole."""
-SPELLINGS = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div", "truediv": "div"}
+POINTWISE = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float", "contiguous",
+             "expand_as", "same", "relu", "gelu", "silu", "tanh", "sigmoid"}  # fmt: skip
+"""Operations that do to a part of the sequence what they do to the whole. `same`: a view of the same shape."""
+SPELLINGS = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div",
+             "truediv": "div"}  # fmt: skip
+OURS = {"get", "size", "dim", "is_floating_point", "detach", "equal", "clone"}  # questions, and the recording's own
 
 
 class _Glue(TorchFunctionMode):
-    """Notes the operations on floating tensors `[batch, seq, …]`, with the module in whose own forward they are."""
+    """Notes the operations on tensors along the sequence, with the module in whose own forward they are."""
 
-    def __init__(self, open_calls: list, stage: Callable[[], str], embedding: nn.Module):
-        self.open_calls, self.stage, self.embedding, self.found = open_calls, stage, embedding, []
+    def __init__(self, open_calls: list, embedding: nn.Module):
+        self.open_calls, self.embedding = open_calls, embedding
+        self.found: list[tuple[str, Operation]] = []
+        self.stream: dict[int, Tensor] = {}  # what it is in, kept alive, so that no other tensor gets its id
+        self.layers_began = False
+        self.is_on = True  # until the head: logits are not a stream
         self.reader: str | None = None  # of the embedding's weight, beside the embedding
+
+    def follow(self, given: Any, output: Any = None) -> None:
+        """The stream is in `given`; or it is in `output` if it is in one of `given`."""
+        if output is None:
+            self.stream[id(given)] = given
+        elif any(id(x) in self.stream for x in given):
+            for x in output if isinstance(output, (tuple, list)) else [output]:
+                self.stream[id(x)] = x
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if args and args[0] is getattr(self.embedding, "weight", None) and self.open_calls and getattr(func, "__name__", "") == "__getitem__":
-            self.reader = self.open_calls[-1][0]
-        shapes = [x.shape for x in args if isinstance(x, Tensor) and x.is_floating_point()]
         name = getattr(func, "__name__", "").strip("_")
         name = SPELLINGS.get(name, name)
+        if not self.open_calls or not self.is_on or name in OURS:
+            return result
+        caller = self.open_calls[-1][0]
+        if name == "getitem" and args[0] is getattr(self.embedding, "weight", None):
+            self.reader = caller
+        tensors = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
         if name in ("view", "reshape", "expand", "getitem"):
-            name = "same" if isinstance(result, Tensor) and shapes and result.shape == shapes[0] else "reshape"
-        ours = ("is_floating_point", "detach", "equal", "clone")  # the recording's own
-        if self.open_calls and name not in ("get", "size", "dim", *ours) and any(s[:2] == (2, TOKENS) for s in shapes):
-            self.found.append((self.open_calls[-1][0], name, shapes, self.stage()))
+            name = "same" if isinstance(result, Tensor) and tensors and result.shape == tensors[0].shape else "reshape"
+        if any(x.shape[:2] == (2, TOKENS) for x in tensors):
+            foreign = [x.shape for x in tensors if id(x) not in self.stream]
+            on_stream = len(foreign) < len(tensors)
+            shapes = [x.shape for x in tensors]
+            self.found.append((caller, Operation(name, shapes, foreign, on_stream, self.layers_began)))
+        self.follow(tensors, result)
         return result
 
 
@@ -132,21 +179,28 @@ class Twin:
     def _record(self) -> dict[str, Call]:
         calls: dict[str, Call] = {}
         open_calls: list[tuple[str, tuple, dict]] = []
-        stages, head, embedding = ["embedding"], self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        glue = _Glue(open_calls, embedding)
+        for stem in self.stems:  # parameters of the layers, or of what they are in, are laid out for the stream
+            parts = stem.split(".")
+            for owner in (*(".".join(parts[:i]) for i in range(len(parts) - 1)), *(f"{stem}{i}" for i in range(len(self.modules[stem[:-1]])))):
+                glue.stream.update({id(p): p for p in self.modules[owner].parameters(recurse=False)})
         hooks = []
 
         def before(name):
             def hook(module, args, kwargs):
                 open_calls.append((name, *_detached((args, kwargs))))
-                if name.startswith(self.stems):
-                    stages.append("layers")
+                if name.removesuffix(name.rpartition(".")[2]) in self.stems:
+                    glue.layers_began = True
+                    glue.follow(first_tensor([*args, *kwargs.values()]))
                 elif module is head:
-                    stages.append("head")
+                    glue.is_on = False
 
             return hook
 
         def after(name):
             def hook(module, args, kwargs, output):
+                glue.follow([*args, *kwargs.values()], output)
                 _, args, kwargs = open_calls.pop()
                 found = first_tensor(output)
                 if found is None:
@@ -175,12 +229,12 @@ class Twin:
 
         self.model.loss_function = loss_function
         self.calls_loss_function = False
-        with torch.no_grad(), _Glue(open_calls, lambda: stages[-1], embedding) as glue:
+        with torch.no_grad(), glue:
             self.model(input_ids=ids, labels=ids, use_cache=False)
         self.reads_embedding = glue.reader
-        for name, *found in glue.found:
+        for name, operation in glue.found:
             if name in calls:
-                calls[name].glue.append(tuple(found))
+                calls[name].glue.append(operation)
         for hook in hooks:
             hook.remove()
         for name, found in linears.items():
