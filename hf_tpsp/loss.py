@@ -186,7 +186,7 @@ def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, stati
     hidden = logits.hidden
     if hidden.placements != (SEQUENCE,):  # or replicated
         hidden = hidden.redistribute(placements=[Replicate()])
-    with logits.gathered():
+    with (logits.gathered or contextlib.nullcontext)():
         weight, bias = (
             None if p is None else p.to_local(grad_placements=p.placements)
             for p in (logits.head.weight, logits.head.bias)
@@ -227,8 +227,9 @@ def causal_lm_loss(
 def patch_loss(model: PreTrainedModel) -> None:
     """Give `model` the loss above, and no key-value cache in training.
 
-    Logits of a call without labels and without gradients come back whole (generation); all others stay sharded, and
-    `.full_tensor()`, called on every rank of the TP group, makes them whole.
+    Logits of a call without labels and without gradients come back whole (generation). All others are not computed until
+    they are read (`LazyLogits`) or, with `loss="loss_parallel"`, DTensors; `.full_tensor()`, called on every rank of the
+    TP group, makes both whole.
     """
     model.loss_function = causal_lm_loss
     inner = model.forward

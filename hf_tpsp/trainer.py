@@ -77,6 +77,8 @@ def keep_fp32_masters(model: nn.Module) -> None:
         model.float()
 
 
+# Optimizers that treat each element alike, whatever the shards; others look at whole rows, blocks or singular values.
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 TRL_CONFIGS = ("SFTConfig",)
 
 
@@ -100,6 +102,32 @@ def check_training_arguments(args) -> None:
             "torch_compile=True would compile the whole model, hooks and all; leave it out and set HF_TPSP_COMPILE=true, "
             "which compiles each decoder layer"
         )
+    if args.optim not in OPTIMIZERS:
+        problems.append(
+            f"optim={str(getattr(args.optim, 'value', args.optim))!r} has not been shown to work on shards; of the "
+            f"Trainer's, {', '.join(OPTIMIZERS)} have"
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        problems.append(
+            'train_sampling_strategy="batch_rebalance" deals other batches to each rank of a TP group; use "group_by_length"'
+        )
+    if args.use_liger_kernel:
+        problems.append(
+            "use_liger_kernel=True puts kernels that know nothing of the shards in place of the model's layers and loss; "
+            "leave it out (the loss is computed in chunks anyway)"
+        )
+    if getattr(args, "activation_offloading", False):
+        problems.append(
+            "activation_offloading=True (TRL) hooks what autograd keeps, as hf_tpsp does; leave it out and set "
+            "HF_TPSP_ACTIVATION_CHECKPOINTING=full"
+        )
+    if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+        problems.append(
+            "gradient_checkpointing_kwargs={'selective': True} (TRL) chooses operations by their names in one process; "
+            "leave it out, with gradient_checkpointing=False, and set HF_TPSP_ACTIVATION_CHECKPOINTING=selective"
+        )
+    if args.accelerator_config.dispatch_batches:
+        problems.append("dispatch_batches=True does not deal batches by the mesh; leave it out")
     if args.eval_use_gather_object:
         problems.append("eval_use_gather_object=True gathers every sample once per TP rank; leave it out")
     if args.fsdp:

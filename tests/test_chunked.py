@@ -220,7 +220,7 @@ def reading() -> dict:
         parity.relative((lazy + 1).full_tensor(), expected + 1),
         parity.relative(torch.softmax(lazy.full_tensor(), -1), expected.softmax(-1)),
     ]
-    assert type(lazy.detach()) is DTensor and lazy.placements == (Shard(2),)
+    assert type(lazy.detach()) is DTensor and lazy.placements == (Shard(2),)  # inside the model's forward
     scaled = problem.sharded_head(problem.stream)
     scaled *= 2.0
     errors.append(parity.relative(scaled.full_tensor(), expected * 2))
@@ -297,6 +297,7 @@ def evaluation() -> dict:
         halved = (found.logits / 2).full_tensor()
         whole = found.logits.full_tensor()
         assert torch.equal(halved * 2, whole)
+        assert torch.equal(found.logits[:, -1], whole[:, -1]) and type(found.logits[:, -1]) is torch.Tensor
     sharded = all(p.to_local().numel() <= p.numel() // 2 for p in model.parameters() if p.dim() == 2)
     return {"error": parity.relative(whole, expected.logits), "sharded": sharded}
 

@@ -7,13 +7,22 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import hf_tpsp
 from hf_tpsp import TPSPCallback, TPSPConfig
 
-MESH_2x2 = TPSPConfig(tp_size=2, dp_shard_size=2)
+MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
 LOGGED = (
     "loss",
     "grad_norm",
@@ -49,21 +58,32 @@ class StopAt(TrainerCallback):
         control.should_training_stop |= state.global_step == self.step
 
 
-def train(model, out: str, dp_size: int, *, resume=None, stop=None, callbacks=(), steps=6, **options) -> list[dict]:
-    """An ordinary script: arguments, model, Trainer, train, save. Returns the logged values."""
-    arguments = TrainingArguments(
+def train(
+    model, out: str, dp_size: int, *, resume=None, stop=None, callbacks=(), steps=6, cls=Trainer, given=None, adapter=None,
+    times=1, **options,
+) -> list[dict]:  # fmt: skip
+    """An ordinary script: arguments, model, Trainer, train, save. Returns the logged values.
+
+    `given` are further arguments of the Trainer, `options` of its `TrainingArguments`; it trains `times` times.
+    """
+    defaults = dict(
         output_dir=out, max_steps=steps, per_device_train_batch_size=4 // dp_size, per_device_eval_batch_size=4 // dp_size,
         gradient_accumulation_steps=2, max_grad_norm=0.5, learning_rate=1e-2, warmup_steps=3, seed=0,
         eval_strategy="steps", eval_steps=steps // 2, save_strategy="steps", save_steps=steps // 2, logging_steps=1,
-        include_num_input_tokens_seen="all", report_to=[], disable_tqdm=True, use_cpu=True, **options,
+        include_num_input_tokens_seen="all", report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
+    arguments = TrainingArguments(**{**defaults, **options})
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) if isinstance(model, str) else model
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=Rows(64, 1), eval_dataset=Rows(24, 3),
-        callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
+    if adapter:
+        torch.manual_seed(5)
+        model = get_peft_model(model, adapter)
+    trainer = cls(
+        model=model, args=arguments, callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
+        **{"train_dataset": Rows(64, 1), "eval_dataset": Rows(24, 3), **(given or {})},
     )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=resume)
+    for _ in range(times):
+        trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(f"{out}/final")
     return [{"before": before}, *trainer.state.log_history]
 
@@ -73,10 +93,20 @@ def train_on_mesh(config: TPSPConfig, model: str, out: str, **options) -> list[d
         return train(model, out, config.dp_size, **options)
 
 
+def assert_equal_weights(out: str, expected: str, limit: float = 1e-4) -> None:
+    """What two runs have saved at their end, the model or an adapter."""
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if os.path.exists(f"{expected}/final/{name}"):
+            found, weights = (load_file(f"{folder}/final/{name}") for folder in (out, expected))
+            assert found.keys() == weights.keys()
+            worst = max((parity.relative(found[key], weight), key) for key, weight in weights.items())
+            assert worst[0] <= limit, worst
+
+
 def differences(found: list[dict], expected: list[dict], first: int = 0) -> dict[str, float]:
     """Largest relative difference of each logged value, from step `first` on. The same values must be logged."""
     worst = {}
-    for name in ("before", *LOGGED):
+    for name in ("before", *(name for name in LOGGED if any(name in entry for entry in expected))):
         pairs = [
             [entry[name] for entry in log if name in entry and entry.get("step", first) >= first]
             for log in (found, expected)
@@ -148,6 +178,82 @@ def test_label_smoothing(ranks, tiny, tmp_path):
     expected = train(tiny, str(tmp_path / "one"), 1, label_smoothing_factor=0.1)
     found = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "mesh"), label_smoothing_factor=0.1)
     assert_equal_logs(found[0], expected)
+
+
+class Ragged(Rows):
+    """Rows of 1 to 17 tokens, the first ones fewer than TP ranks."""
+
+    def __getitem__(self, row):
+        return {name: value[: 1 + row * 5 % 17] for name, value in super().__getitem__(row).items()}
+
+
+def pad(rows: list[dict]) -> dict:
+    """Pad `Ragged` rows on the right."""
+    values = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+        for name, value in values.items()
+    }
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return (self.rows[row] for row in range(len(self.rows)))
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    """A script's own loss, of the logits."""
+    logits = outputs.logits[:, :-1].float()
+    losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="sum")
+    return losses / (1 if num_items_in_batch is None else num_items_in_batch)
+
+
+class OwnLoss(Trainer):
+    """A script's own `compute_loss`, which weights the tokens: the same as the model's only if they are whole and right."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"])
+        targets = inputs["labels"][:, 1:]
+        log_probs = outputs.logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        loss = -(log_probs * (targets >= 0) * torch.linspace(0, 1, targets.shape[1])).sum() / targets.numel()
+        return (loss, outputs) if return_outputs else loss
+
+
+QUICK = {"eval_strategy": "no", "save_strategy": "no", "steps": 3}
+FLAT = {"data_collator": DataCollatorWithFlattening(return_tensors="pt"), "train_dataset": Ragged(64, 1)}
+# What is run, and on which mesh. Noise and the order by lengths are dealt to data-parallel ranks in their own way,
+# as without hf_tpsp.
+OPTIONS = {
+    "adamw_torch": (MESH_2x2, {"optim": "adamw_torch"}),
+    "sgd": (MESH_2x2, {"optim": "sgd"}),
+    "adagrad": (MESH_2x2, {"optim": "adagrad"}),
+    "rmsprop": (MESH_2x2, {"optim": "rmsprop"}),
+    "compute_loss_func": (MESH_2x2, {"given": {"compute_loss_func": own_loss}}),
+    "compute_loss": (MESH_2x2, {"cls": OwnLoss, "gradient_accumulation_steps": 1}),
+    "streamed": (MESH_2x2, {"given": {"train_dataset": Stream(Rows(64, 1))}}),
+    "flattened rows": (MESH_2x2, {"given": {**FLAT}, "include_num_input_tokens_seen": "no"}),
+    "single rows": (MESH_1x2, {"given": {"train_dataset": Ragged(64, 1)}, "per_device_train_batch_size": 1}),
+    "group_by_length": (
+        MESH_1x2,
+        {"given": {"train_dataset": Ragged(64, 1), "data_collator": pad}, "train_sampling_strategy": "group_by_length"},
+    ),
+    "NEFTune": (MESH_1x2, {"neftune_noise_alpha": 5.0}),
+    "several train()": (MESH_2x2, {"times": 2}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(ranks, tiny, tmp_path, option):
+    """Logs and weights of three steps are those of one process."""
+    config, options = OPTIONS[option]
+    one, mesh = str(tmp_path / "one"), str(tmp_path / "mesh")
+    expected = train(tiny, one, 1, **{**QUICK, **options})
+    found = ranks.run(config.world_size, train_on_mesh, config, tiny, mesh, **{**QUICK, **options})[0]
+    assert_equal_logs(found, expected)
+    assert_equal_weights(mesh, one)
 
 
 def metrics(model: str, out: str, dp_size: int) -> dict:
