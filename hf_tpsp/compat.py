@@ -247,6 +247,25 @@ def _patch_neftune(original):
     return neftune_post_forward_hook
 
 
+def _patch_scheduler(original):
+    """accelerate 1.15 (scheduler.py, `AcceleratedScheduler.step`) steps once for each process, because each is taken to
+    have had a batch of its own; TP ranks share theirs. Delete when it divides by the TP size."""
+
+    @functools.wraps(original)
+    def step(self, *args, **kwargs):
+        mesh = accelerate.state.AcceleratorState().parallelism_config
+        shared = accelerate.state.PartialState._shared_state
+        processes = shared["num_processes"]
+        shared["num_processes"] = processes // (mesh.tp_size if mesh else 1)
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            shared["num_processes"] = processes
+            accelerate.state.AcceleratorState()  # takes over what is shared
+
+    return step
+
+
 def _patch_gather_for_metrics(original):
     """accelerate 1.15 (accelerator.py, `gather_for_metrics`) gathers each sample once per TP rank, and then cuts the
     copies of the last batch in the wrong place. Keep one rank's rows of each TP group. Delete when it gathers over the
@@ -343,6 +362,7 @@ def install() -> Callable[[], None]:
         (ParallelismConfig, "dp_shard_enabled", _patch_dp_shard_enabled),
         (Accelerator, "prepare", _patch_prepare),
         (Accelerator, "dispatch_batches", _patch_dispatch_batches),
+        (AcceleratedScheduler, "step", _patch_scheduler),
         (Accelerator, "gather_for_metrics", _patch_gather_for_metrics),
         (neftune, "neftune_post_forward_hook", _patch_neftune),
         (transformers.TrainingArguments, "__post_init__", _patch_training_arguments),

@@ -1,6 +1,9 @@
 """The stock Trainer on the mesh against the stock Trainer in one process with the same global batch."""
 
+import math
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import parity
@@ -10,10 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -66,12 +72,13 @@ def train(
 
     `given` are further arguments of the Trainer, `options` of its `TrainingArguments`; it trains `times` times.
     """
-    defaults = dict(
-        output_dir=out, max_steps=steps, per_device_train_batch_size=4 // dp_size, per_device_eval_batch_size=4 // dp_size,
-        gradient_accumulation_steps=2, max_grad_norm=0.5, learning_rate=1e-2, warmup_steps=3, seed=0,
-        eval_strategy="steps", eval_steps=steps // 2, save_strategy="steps", save_steps=steps // 2, logging_steps=1,
-        include_num_input_tokens_seen="all", report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+    per_device = {"per_device_train_batch_size": 4 // dp_size, "per_device_eval_batch_size": 4 // dp_size}
+    saving = {"eval_strategy": "steps", "eval_steps": steps // 2, "save_strategy": "steps", "save_steps": steps // 2}
+    defaults = {
+        "output_dir": out, "max_steps": steps, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "learning_rate": 1e-2,
+        "warmup_steps": 3, "seed": 0, "logging_steps": 1, "include_num_input_tokens_seen": "all", "report_to": [],
+        "disable_tqdm": True, "use_cpu": True, **per_device, **saving,
+    }  # fmt: skip
     arguments = TrainingArguments(**{**defaults, **options})
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) if isinstance(model, str) else model
     if adapter:
@@ -256,8 +263,88 @@ def test_options(ranks, tiny, tmp_path, option):
     assert_equal_weights(mesh, one)
 
 
+def test_best_model_at_the_end(ranks, tiny, tmp_path):
+    """The first of two evaluations is the better one: its weights come back, and its checkpoint is kept."""
+    one, mesh = str(tmp_path / "one"), str(tmp_path / "mesh")
+    options = {"load_best_model_at_end": True, "save_total_limit": 1}
+    expected = train(tiny, one, 1, **options)
+    found = ranks.run(4, train_on_mesh, MESH_2x2, tiny, mesh, **options)[0]
+    assert_equal_logs(found, expected)
+    evaluated = [entry["eval_loss"] for entry in expected if entry.get("step") and "eval_loss" in entry]
+    assert evaluated.index(min(evaluated)) < len(evaluated) - 1, "the last one is the best one, which proves nothing"
+    assert_equal_weights(mesh, one)
+    checkpoints = [sorted(f.name for f in (tmp_path / run).glob("checkpoint-*")) for run in ("one", "mesh")]
+    assert checkpoints[0] == checkpoints[1]
+
+
+def lora_on_mesh(model: str, out: str, **options) -> list[dict]:
+    return train_on_mesh(MESH_2x2, model, out, adapter=LoraConfig(r=4, target_modules="all-linear"), **options)
+
+
+def test_lora_interrupted_and_resumed(ranks, tiny, tmp_path):
+    """Equal to one process, and bitwise to itself resumed."""
+    adapter = LoraConfig(r=4, target_modules="all-linear")
+    expected = train(tiny, str(tmp_path / "one"), 1, adapter=adapter)
+    whole = ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "whole"))[0]
+    whole[0]["before"], found = expected[0]["before"], whole
+    assert_equal_logs(found, expected)
+    assert_equal_weights(str(tmp_path / "whole"), str(tmp_path / "one"))
+    ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), stop=3)
+    resumed = ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), resume=str(tmp_path / "cut" / "checkpoint-3"))[0]
+    worst = differences(resumed, whole, first=4)
+    del worst["train_loss"], worst["before"]
+    assert max(worst.values()) == 0
+    assert_equal_weights(str(tmp_path / "cut"), str(tmp_path / "whole"), limit=0)
+
+
+def pushed(model: str, out: str, dp_size: int, adapter: LoraConfig | None = None) -> dict[str, dict[str, bytes]]:
+    """Commit message → the files uploaded with it, in a run that pushes at its checkpoints and at its end."""
+    commits, hf_api = {}, transformers.trainer.hf_api
+
+    def upload_folder(folder_path, commit_message, **kwargs):
+        names = [name for name in os.listdir(folder_path) if not name.startswith(("checkpoint", "final"))]
+        commits[commit_message] = {name: Path(folder_path, name).read_bytes() for name in names}
+        return SimpleNamespace(done=lambda: True)
+
+    def create_repo(name, **kwargs):
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    hub = SimpleNamespace(upload_folder=upload_folder, create_repo=create_repo)
+    transformers.trainer.hf_api = lambda *args, **kwargs: hub
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})), pad_token="a")
+    try:
+        train(model, out, dp_size, adapter=adapter, steps=2, push_to_hub=True, given={"processing_class": tokenizer})
+    finally:
+        transformers.trainer.hf_api = hf_api
+    return commits
+
+
+def pushed_on_mesh(*args) -> dict[str, dict[str, bytes]]:
+    with hf_tpsp.enable(MESH_2x2):
+        return pushed(*args)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["model", "adapter"])
+def test_pushed_folders_are_whole(ranks, tiny, tmp_path, adapter):
+    """Weights, config, tokenizer and card, as one process pushes them, from rank 0."""
+    expected = pushed(tiny, str(tmp_path / "one"), 1, adapter)
+    found, *others = ranks.run(4, pushed_on_mesh, tiny, str(tmp_path / "mesh"), 2, adapter)
+    assert not any(others) and len(found) == 3  # two checkpoints, and the end
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    for message, files in expected.items():
+        assert files.keys() - {"README.md"} == found[message].keys() - {"README.md"}  # peft writes its card every time
+        assert {weights, "tokenizer.json"} <= files.keys() and (
+            message != "Model save" or "README.md" in found[message]
+        )
+        one, mesh = load(files[weights]), load(found[message][weights])
+        assert one.keys() == mesh.keys()
+        for name, weight in one.items():
+            assert parity.relative(mesh[name], weight) < 1e-4, (message, name)
+
+
 def metrics(model: str, out: str, dp_size: int) -> dict:
-    """What `compute_metrics` is given for 22 rows, which do not fill the last batch."""
+    """What `compute_metrics`, `preprocess_logits_for_metrics` and `predict` make of 22 rows, which do not fill the last
+    batch, and of the 24 that do."""
     seen = {}
 
     def compute_metrics(prediction):
@@ -268,7 +355,13 @@ def metrics(model: str, out: str, dp_size: int) -> dict:
                                   use_cpu=True)  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     trainer = Trainer(model=loaded, args=arguments, eval_dataset=Rows(22, 3), compute_metrics=compute_metrics)
-    return {"accuracy": trainer.evaluate()["eval_accuracy"], **seen}
+    seen["accuracy"] = trainer.evaluate()["eval_accuracy"]
+    seen["predicted"] = trainer.predict(Rows(22, 4)).predictions
+    trainer.compute_metrics = None
+    seen["perplexity"] = math.exp(trainer.evaluate(Rows(24, 3))["eval_loss"])
+    trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+    seen["preprocessed"] = trainer.predict(Rows(22, 4)).predictions
+    return seen
 
 
 def metrics_on_mesh(*args) -> dict:
@@ -276,12 +369,15 @@ def metrics_on_mesh(*args) -> dict:
         return metrics(*args)
 
 
-def test_compute_metrics_sees_each_row_once(ranks, tiny, tmp_path):
+def test_evaluation_sees_each_row_once(ranks, tiny, tmp_path):
     expected = metrics(tiny, str(tmp_path), 1)
     found = ranks.run(4, metrics_on_mesh, tiny, str(tmp_path), 2)[0]
     assert (found["labels"] == expected["labels"]).all() and len(found["labels"]) == 22
-    assert abs(found["logits"] - expected["logits"]).max() < 1e-5
+    for name in ("logits", "predicted"):
+        assert found[name].shape == expected[name].shape and abs(found[name] - expected[name]).max() < 1e-5, name
+    assert (found["preprocessed"] == expected["preprocessed"]).all() and len(found["preprocessed"]) == 22
     assert found["accuracy"] == expected["accuracy"]
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
 
 
 def bf16_on_mesh(model: str, out: str, mixed_precision: str, **options) -> dict:
