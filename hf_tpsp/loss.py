@@ -157,7 +157,7 @@ def vocab_parallel_cross_entropy(
 def vocab_parallel_statistics(
     logits: LazyLogits, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
 ) -> TokenStatistics:
-    """Cross entropy, entropy and top-1 of each token from one pass over the vocabulary.
+    """Cross entropy, entropy, top-1 and mean logit of each token from one pass over the vocabulary.
 
     Arguments as in `vocab_parallel_cross_entropy`. The tensors of the result have the shape of `labels`; the gradient
     of `nll` is exact for any upstream gradient; the others have none.
@@ -165,8 +165,8 @@ def vocab_parallel_statistics(
     _check(logits, labels)
     head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
     found = token_statistics(head, *tensors, labels.reshape(-1).to(logits.device))
-    nll, entropy, is_top1 = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1))
-    return TokenStatistics(logits.hook(nll), entropy, is_top1)
+    nll, *others = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1, found.mean_logit))
+    return TokenStatistics(logits.hook(nll), *others)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

@@ -79,7 +79,7 @@ def keep_fp32_masters(model: nn.Module) -> None:
 
 # Optimizers that treat each element alike, whatever the shards; others look at whole rows, blocks or singular values.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-TRL_CONFIGS = ("SFTConfig",)
+TRL_CONFIGS = ("SFTConfig", "DPOConfig")
 
 
 def library_of(args) -> str:

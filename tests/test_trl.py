@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 import hf_tpsp
@@ -189,6 +190,12 @@ TRAINERS = {
     "pad_to_multiple_of": ("text", {"pad_to_multiple_of": 8}, {}),
     "compute_loss_func": ("pairs", {}, {"compute_loss_func": own_loss}),
 }
+PREFERENCE = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "epoch", "logits/chosen", "logits/rejected",
+              "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")  # fmt: skip
+PREFERENCES = {
+    "DPO": {},
+    "DPO, LoRA": {"peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)},
+}
 
 
 @pytest.mark.parametrize("case", TRAINERS)
@@ -209,4 +216,14 @@ def test_packed_rows_over_many_epochs(ranks, work, tmp_path):
     steps = sum("loss" in entry for entry in expected)
     assert steps == 20 and expected[steps - 1]["epoch"] == 4
     assert_equal_logs(found, expected, LOGGED, steps, {})
+    assert_equal_weights(tmp_path)
+
+
+@pytest.mark.parametrize("case", PREFERENCES)
+def test_preferences(ranks, work, tmp_path, case):
+    """DPO against a reference model loaded by name, and against the base under the adapter."""
+    given, options = PREFERENCES[case], {"learning_rate": 1e-2}
+    expected = run_trainer(work, str(tmp_path / "one"), "preferences", 1, options, given, "DPO")
+    found = ranks.run(4, on_mesh, run_trainer, work, str(tmp_path / "mesh"), "preferences", 2, options, given, "DPO")[0]
+    assert_equal_logs(found, expected, PREFERENCE, 4, {})
     assert_equal_weights(tmp_path)
