@@ -1,5 +1,6 @@
 """The stock Trainer on the mesh against the stock Trainer in one process with the same global batch."""
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+import trl
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file
 from tokenizers import Tokenizer
@@ -27,6 +29,7 @@ from transformers import (
 
 import hf_tpsp
 from hf_tpsp import TPSPCallback, TPSPConfig
+from hf_tpsp.trainer import check_training_arguments
 
 MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
 LOGGED = (
@@ -429,48 +432,75 @@ def test_callback_alone(ranks, tiny, expected, tmp_path):
     assert_equal_logs(ranks.run(4, with_the_callback, tiny, str(tmp_path))[0], expected)
 
 
+# Name → options of the Trainer that are refused at set-up, and what the refusal says.
+REFUSALS = {
+    "auto_find_batch_size": ({"auto_find_batch_size": True}, "set per_device_train_batch_size"),
+    "torch_compile": ({"torch_compile": True}, "HF_TPSP_COMPILE=true"),
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True puts kernels"),
+    "gather_object": ({"eval_use_gather_object": True}, "eval_use_gather_object=True"),
+    "adafactor": ({"optim": "adafactor"}, "optim='adafactor' has not been shown to work on shards; of the Trainer's, adamw_torch,"),
+    "torchao": ({"optim": "adamw_torch_8bit"}, "optim='adamw_torch_8bit' has not"),
+    "batch_rebalance": ({"train_sampling_strategy": "batch_rebalance"}, 'use "group_by_length"'),
+    "dispatch_batches": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+    "selective": (
+        {"gradient_checkpointing_kwargs": {"selective": True}}, "set HF_TPSP_ACTIVATION_CHECKPOINTING=selective"
+    ),
+    "fsdp": (
+        {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+        "'TRANSFORMER_BASED_WRAP' wraps a model that is sharded; leave `fsdp` out",
+    ),
+    "two at once": ({"auto_find_batch_size": True, "optim": "adafactor"}, "per_device_train_batch_size; optim='adafactor'"),
+}  # fmt: skip
+TRL_REFUSALS = {
+    "activation_offloading": "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
+    "use_weighting": "leave it out",
+    "precompute_ref_log_probs": "leave it out",
+    "sync_ref_model": "leave it out",
+}
+
+
 def refusals(model: str, out: str) -> dict[str, str]:
     texts = {}
 
-    def note(name, **options):
-        with hf_tpsp.enable(TPSPConfig(tp_size=2)):
-            try:
-                train(model, out, 1, **options)
-            except ValueError as error:
-                texts[name] = str(error)
+    def note(name, run):
+        with hf_tpsp.enable(TPSPConfig(tp_size=2)), pytest.raises(ValueError) as error:
+            run()
+        texts[name] = str(error.value)
 
-    note("auto_find_batch_size", auto_find_batch_size=True)
-    note("torch_compile", torch_compile=True)
-    note("fsdp", fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
-    GRPOConfig = type("GRPOConfig", (TrainingArguments,), {"__module__": "trl.trainer.grpo_config"})
+    config = models.config("qwen2", vocab_size=132)
+    for name, (options, _) in REFUSALS.items():
+        arguments = TrainingArguments(out, use_cpu=True, report_to=[], **options)
+        note(name, functools.partial(Trainer, AutoModelForCausalLM.from_config(config), arguments))
+    for name in TRL_REFUSALS:
+        cls = trl.SFTConfig if name == "activation_offloading" else trl.DPOConfig
+        arguments = cls(out, use_cpu=True, bf16=False, **{name: True})
+        note(name, functools.partial(check_training_arguments, arguments))
+    for cls in (trl.GRPOConfig, trl.RewardConfig):
+        note(cls.__name__, functools.partial(check_training_arguments, cls(out, use_cpu=True, bf16=False)))
 
     with hf_tpsp.enable(TPSPConfig(tp_size=2)):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         loaded.model.layers[0].adapter = torch.nn.Linear(4, 4)
-        for name, trainer in (
-            ("adapter", lambda: Trainer(loaded, TrainingArguments(out, use_cpu=True))),
-            ("trl", lambda: hf_tpsp.trainer.check_training_arguments(GRPOConfig(out, use_cpu=True, bf16=False))),
-        ):
-            with pytest.raises(ValueError) as error:
-                trainer()
-            texts[name] = str(error.value)
+    note("adapter", lambda: Trainer(loaded, TrainingArguments(out, use_cpu=True)))
 
-    with hf_tpsp.enable(TPSPConfig(tp_size=2)):
+    def on_another_mesh():
         os.environ["PARALLELISM_CONFIG_TP_SIZE"], os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = "1", "2"
-        try:
-            train(model, out, 1)
-        except ValueError as error:
-            texts["another mesh"] = str(error)
+        train(model, out, 1)
+
+    note("another mesh", on_another_mesh)
     return texts
 
 
 def test_refusals(ranks, tiny, tmp_path):
+    """Everything that is refused at set-up is refused in one sentence, which says what to do."""
     texts = ranks.run(2, refusals, tiny, str(tmp_path))[0]
-    assert "auto_find_batch_size=True" in texts["auto_find_batch_size"]
-    assert "HF_TPSP_COMPILE=true" in texts["torch_compile"]
-    assert "TRANSFORMER_BASED_WRAP" in texts["fsdp"] and "leave `fsdp` out" in texts["fsdp"]
+    for name, (_, words) in REFUSALS.items():
+        assert texts[name].startswith("These TrainingArguments do not work") and words in texts[name], texts[name]
+    for name, words in TRL_REFUSALS.items():
+        assert f"{name}=True" in texts[name] and words in texts[name]
+    for name in ("GRPOConfig", "RewardConfig"):
+        assert f"{name}: of TRL's trainers, those of SFTConfig, DPOConfig are supported" in texts[name]
     assert "model.layers.0.adapter.weight, model.layers.0.adapter.bias" in texts["adapter"]
-    assert "GRPOConfig: of TRL's trainers, those of SFTConfig" in texts["trl"]
     assert "(1, 2)" in texts["another mesh"] and "(2, 1)" in texts["another mesh"]
 
 
