@@ -210,9 +210,9 @@ def _patch_push(original):
 
 
 def _patch_dispatch_batches(original):
-    """accelerate 1.15 (data_loader.py, `DataLoaderDispatcher`, its default for an `IterableDataset`) deals rank 0's
-    batches out as if each rank were to get its own, or, on a mesh, the same one to all data-parallel ranks. Have each rank
-    read the stream and keep its rows, which is right on every mesh. Delete when it deals by the mesh."""
+    """accelerate 1.15 (data_loader.py, `DataLoaderDispatcher`, its default for an `IterableDataset`) gives one and the same
+    batch to all ranks if there is a TP dim, to those of data parallelism too. Have each rank read the stream and keep its
+    rows. Delete when it deals by the mesh."""
 
     def dispatch_batches(self):
         asked = original.fget(self)
