@@ -15,7 +15,6 @@ from hf_tpsp import TPSPConfig
 
 STEPS, HALF = 6, 3
 MESHES = {
-    "1x2": TPSPConfig(tp_size=2),
     "2x2": TPSPConfig(tp_size=2, dp_shard_size=2),
     "hsdp": TPSPConfig(tp_size=2, dp_replicate_size=2),
 }
