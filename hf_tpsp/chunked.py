@@ -7,7 +7,7 @@ gradients of the logits are formed in place while the chunk is there:
     lse_r = log Σ_{v of rank r} exp x_v      lse = log Σ_r exp lse_r      nll = lse - x_label
     d nll / d x_v = exp(x_v - lse) - [v = label]
 
-Collectives, with sequence parallelism: one all-gather of the hidden states, one of 8 to 16 bytes per token in fp32 (8
+Collectives, with sequence parallelism: one all-gather of the hidden states, one of 8 to 20 bytes per token in fp32 (8
 for the loss alone, in as many pieces as there are chunks), one reduce-scatter of the hidden states' gradient.
 """
 
@@ -38,11 +38,13 @@ class TokenStatistics:
         nll: cross entropy of the label, 0 where it is ignored.
         entropy: of the predicted distribution, in nats; None unless asked for.
         is_top1: whether the label is the arg-max of the logits (the first, if several are equal); None unless asked for.
+        mean_logit: over the vocabulary; None unless asked for.
     """
 
     nll: Tensor
     entropy: Tensor | None = None
     is_top1: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ChunkedHead:
         shape: of the whole hidden states, `[..., hidden]`.
         vocab_size: rows of the whole head.
         pointwise: elementwise functions between head and loss (scale, softcap).
-        statistics: whether entropy and top-1 are asked for.
+        statistics: whether entropy, top-1 and mean logit are asked for.
     """
 
     mesh: DeviceMesh
@@ -127,7 +129,7 @@ class ChunkedHead:
         maximum = x.amax(1)
         label_logit = x.gather(1, local).squeeze(1)
         terms = [maximum, label_logit * owned]
-        if self.smoothing:
+        if self.smoothing or self.statistics:
             terms.append(x.sum(1))
         if self.statistics:
             # Is the label the arg-max? Its owner says so with -inf, or +inf if even here another logit comes first;
@@ -145,8 +147,9 @@ class ChunkedHead:
         lse_of = gathered[:, 0]
         lse, label_logit = lse_of.logsumexp(0), gathered[:, 1].sum(0)
         nll = lse - label_logit
+        mean_logit = gathered[:, 2].sum(0) / self.vocab_size if self.smoothing or self.statistics else None
         if self.smoothing:  # (1 - e) nll - e mean_v log p_v
-            nll = nll + self.smoothing * (label_logit - gathered[:, 2].sum(0) / self.vocab_size)
+            nll = nll + self.smoothing * (label_logit - mean_logit)
         nll = nll * valid
         entropy = is_top1 = None
         if self.statistics:
@@ -155,7 +158,7 @@ class ChunkedHead:
             ranks = torch.arange(size, device=x.device).unsqueeze(1)
             rival = gathered[:, -2]
             is_top1 = valid & torch.where(ranks < owner, rival < label_logit, rival <= label_logit).all(0)
-        return maximum, lse, TokenStatistics(nll, entropy, is_top1)
+        return maximum, lse, TokenStatistics(nll, entropy, is_top1, mean_logit)
 
     def gradient_(self, x: Tensor, scale: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
         """Gradient of `Σ upstream * nll`, in the place of `x`, where `scale * x` are the probabilities."""
@@ -243,7 +246,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _PerTokenLoss(torch.autograd.Function):
-    """`(nll, entropy, is_top1)` of each token. Its backward multiplies by the head once more, because each token's
+    """`(nll, entropy, is_top1, mean_logit)` of each token. Its backward multiplies by the head once more, because each token's
     gradient may be scaled by another number; it has no collective but those of the hidden states."""
 
     @staticmethod
@@ -260,10 +263,10 @@ class _PerTokenLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(lses))
         nll = torch.cat([p.nll for p in parts])
         if not head.statistics:
-            return nll, None, None
-        entropy, is_top1 = torch.cat([p.entropy for p in parts]), torch.cat([p.is_top1 for p in parts])
-        ctx.mark_non_differentiable(entropy, is_top1)
-        return nll, entropy, is_top1
+            return nll, None, None, None
+        others = [torch.cat([getattr(p, name) for p in parts]) for name in ("entropy", "is_top1", "mean_logit")]
+        ctx.mark_non_differentiable(*others)
+        return nll, *others
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):

@@ -19,7 +19,10 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
+from transformers.integrations import neftune
+from transformers.trainer_utils import HubStrategy
 
 from .config import environment_flag
 
@@ -163,24 +166,104 @@ def _patch_prepare(original):
     return prepare
 
 
+def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) -> None:
+    """Write the whole model as a Hugging Face folder, or its adapter as peft's. Every rank must call it."""
+    from .integrations.peft import adapter_state_dict, is_adapted
+    from .parallelize import full_state_dict
+
+    model = trainer.model
+    trainer._save(output_dir, state_dict=adapter_state_dict(model) if is_adapted(model) else full_state_dict(model))
+
+
 def _patch_save_model(original):
     """transformers 5.23 (trainer.py, `save_model`) writes nothing, silently, under `SHARDED_STATE_DICT`. Write the
     Hugging Face folder that the caller asked for. Delete when upstream does or raises."""
 
     @functools.wraps(original)
     def save_model(self, output_dir=None, _internal_call=False):
-        from .integrations.peft import adapter_state_dict, is_adapted
-        from .parallelize import full_state_dict, is_parallelized
+        from .parallelize import is_parallelized
 
         if _internal_call or not is_parallelized(self.model):
             return original(self, output_dir, _internal_call)
-        state_dict = adapter_state_dict(self.model) if is_adapted(self.model) else full_state_dict(self.model)
-        self._save(output_dir, state_dict=state_dict)
+        _write_folder(self, output_dir)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
 
     return save_model
+
+
+def _patch_push(original):
+    """transformers 5.23 (trainer.py, `push_to_hub` and `_push_from_checkpoint`) pushes `args.output_dir`, into which,
+    under `SHARDED_STATE_DICT`, nothing has written the weights. Delete with `_patch_save_model`."""
+
+    @functools.wraps(original)
+    def push(self, *args, **kwargs):
+        from .parallelize import is_parallelized
+
+        at_checkpoint = original.__name__ == "_push_from_checkpoint"
+        if is_parallelized(self.model) and not (at_checkpoint and self.args.hub_strategy == HubStrategy.END):
+            _write_folder(self)
+        return original(self, *args, **kwargs)
+
+    return push
+
+
+def _patch_dispatch_batches(original):
+    """accelerate 1.15 (data_loader.py, `DataLoaderDispatcher`, its default for an `IterableDataset`) gives one and the same
+    batch to all ranks if there is a TP dim, to those of data parallelism too. Have each rank read the stream and keep its
+    rows. Delete when it deals by the mesh."""
+
+    def dispatch_batches(self):
+        asked = original.fget(self)
+        if not self.parallelism_config or self.parallelism_config.tp_size == 1:
+            return asked
+        if asked:
+            raise ValueError(
+                "dispatch_batches=True does not deal batches by the mesh of hf_tpsp. Leave it out: each rank then reads the "
+                "dataset and keeps its own rows."
+            )
+        return False
+
+    return property(dispatch_batches)
+
+
+def _patch_neftune(original):
+    """transformers 5.23 (integrations/neftune.py, `neftune_post_forward_hook`) draws the noise as a DTensor, for which each
+    rank of a CPU mesh (torch 2.13, tensor/_random.py) draws the same numbers for another part of the sequence. Draw the
+    whole noise on every TP rank, as one process does, and keep this rank's part. Delete when DTensor's random operations
+    work on the CPU."""
+
+    @functools.wraps(original)
+    def neftune_post_forward_hook(module, input, output):
+        if not isinstance(output, DTensor):
+            return original(module, input, output)
+        if not module.training:
+            return output
+        zeros = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+        noise = original(module, input, zeros)
+        return output + distribute_tensor(noise, output.device_mesh, output.placements, src_data_rank=None)
+
+    return neftune_post_forward_hook
+
+
+def _patch_scheduler(original):
+    """accelerate 1.15 (scheduler.py, `AcceleratedScheduler.step`) steps once for each process, because each is taken to
+    have had a batch of its own; TP ranks share theirs. Delete when it divides by the TP size."""
+
+    @functools.wraps(original)
+    def step(self, *args, **kwargs):
+        mesh = accelerate.state.AcceleratorState().parallelism_config
+        shared = accelerate.state.PartialState._shared_state
+        processes = shared["num_processes"]
+        shared["num_processes"] = processes // (mesh.tp_size if mesh else 1)
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            shared["num_processes"] = processes
+            accelerate.state.AcceleratorState()  # takes over what is shared
+
+    return step
 
 
 def _patch_gather_for_metrics(original):
@@ -256,7 +339,7 @@ def keep_name(model: nn.Module, name: str) -> None:
     model._get_name = lambda: name
 
 
-def replace(*patches: tuple[type, str, Callable]) -> Callable[[], None]:
+def replace(*patches: tuple[object, str, Callable]) -> Callable[[], None]:
     """For each `(owner, name, make)`, put `make(original)` in the place of `owner.name`. Returns the function that puts
     the originals back."""
     originals = []
@@ -278,9 +361,14 @@ def install() -> Callable[[], None]:
         (accelerate.state.AcceleratorState, "__init__", _patch_accelerator_state),
         (ParallelismConfig, "dp_shard_enabled", _patch_dp_shard_enabled),
         (Accelerator, "prepare", _patch_prepare),
+        (Accelerator, "dispatch_batches", _patch_dispatch_batches),
+        (AcceleratedScheduler, "step", _patch_scheduler),
         (Accelerator, "gather_for_metrics", _patch_gather_for_metrics),
+        (neftune, "neftune_post_forward_hook", _patch_neftune),
         (transformers.TrainingArguments, "__post_init__", _patch_training_arguments),
         (transformers.Trainer, "save_model", _patch_save_model),
+        (transformers.Trainer, "push_to_hub", _patch_push),
+        (transformers.Trainer, "_push_from_checkpoint", _patch_push),
         (transformers.Trainer, "_track_num_input_tokens", _patch_track_tokens),
         (transformers.Trainer, "store_flos", _patch_store_flos),
     )

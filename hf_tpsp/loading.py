@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 from accelerate import PartialState
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.mixin import DistributedMixin
 from transformers.utils import logging
@@ -44,6 +44,15 @@ def is_causal_lm(cls: type) -> bool:
     return cls in MODEL_FOR_CAUSAL_LM_MAPPING.values() or cls.__name__.endswith("ForCausalLM")
 
 
+def check_not_quantized(config: PreTrainedConfig | None) -> None:
+    """Raise `ValueError` if a checkpoint's config says that it is quantized."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "This checkpoint is quantized. hf_tpsp cannot shard quantized weights, so QLoRA is not supported; use LoRA on the "
+            "checkpoint in bf16, whose weights are split over all ranks."
+        )
+
+
 def install(config: TPSPConfig) -> Callable[[], None]:
     """Hook `from_pretrained` of every causal LM class, and of the auto class. Returns the function that undoes it."""
 
@@ -72,6 +81,7 @@ def install(config: TPSPConfig) -> Callable[[], None]:
                         f"from_pretrained({name}=…) places the model in another way than hf_tpsp does. Leave {name} "
                         "out, or load this model before hf_tpsp.enable()."
                     )
+            check_not_quantized(kwargs.get("config"))  # as the auto class has read it
             return original.__func__(cls, *args, **kwargs, distributed_config=_Ours())
 
         return classmethod(from_pretrained)
@@ -89,6 +99,7 @@ def install(config: TPSPConfig) -> Callable[[], None]:
         def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
             if not isinstance(distributed_config, _Ours):
                 return original.__func__(cls, model, distributed_config, mesh_manager)
+            check_not_quantized(model.config)
             # accelerate, not transformers, trains, saves and resumes this model; nothing else may see the config.
             del model.config.distributed_config
             return parallelize(model, config)

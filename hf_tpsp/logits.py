@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # What models do to their logits before the loss: elementwise, with numbers as the only other operands.
 POINTWISE = {
@@ -61,8 +64,10 @@ class LazyLogits(Tensor):
     """The logits `[batch, seq, vocab]` of a head that has not run.
 
     Shape, dtype and device are known. An elementwise operation of `POINTWISE` gives another `LazyLogits`; every other
-    use, an attribute of DTensor's such as `full_tensor` included, runs the head and acts on the DTensor `Shard(-1)`
-    that comes out. Running the head is collective: every rank of the TP group must do it.
+    use runs the head, which is collective: every rank of the TP group must do it. An attribute of DTensor's, such as
+    `full_tensor`, is that of the DTensor `Shard(-1)` that comes out, and so are the operations of the model's own code.
+    For whoever the model has returned them to, an operation acts on the whole logits, as a plain tensor: any loss can be
+    computed from them, and its gradient is exact, at the price of `[batch, seq, vocab]` on every rank.
 
     Args:
         hidden: what the head was given, as a DTensor `[batch, seq, hidden]`.
@@ -82,8 +87,9 @@ class LazyLogits(Tensor):
         self.hidden, self.head, self._run, self.pointwise = hidden, head, run, pointwise
         self._hooks: list[Callable] = hooks  # of the gradient; one list for all that come from one head
         self._value: DTensor | None = None
+        self._whole: Tensor | None = None
         # Replaced once the model's forward is over, when FSDP may have freed the head's weight.
-        self.gathered: Callable = contextlib.nullcontext
+        self.gathered: Callable | None = None
         return self
 
     def __init__(self, *args, **kwargs):
@@ -92,12 +98,26 @@ class LazyLogits(Tensor):
     def materialize(self) -> DTensor:
         """The logits, `Shard(-1)`: runs the ordinary head, once."""
         if self._value is None:
-            with self.gathered():
+            with (self.gathered or contextlib.nullcontext)():
                 self._value = self._run(self.hidden)
             for operation in self.pointwise:
                 self._value = operation(self._value)
             self.hook(self._value)
         return self._value
+
+    def read(self) -> Tensor:
+        """What an operation acts on: the DTensor inside the model's forward, the whole logits after it."""
+        value = self.materialize()
+        if self.gathered is None:
+            return value
+        if self._whole is None:
+            if value.requires_grad:
+                logger.warning_once(
+                    "hf_tpsp: the script reads the logits in training, so they are gathered whole on every rank. "
+                    "hf_tpsp.vocab_parallel_cross_entropy computes a loss from them as they are."
+                )
+            self._whole = value.full_tensor()
+        return self._whole
 
     def hook(self, result: Tensor) -> Tensor:
         """`result`, with the hooks of these logits' gradient, which will come through `result` instead.
@@ -135,12 +155,12 @@ class LazyLogits(Tensor):
                     if rest or kwargs or func is not Tensor.to
                     else args[0]
                 )
-        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+        args, kwargs = tree_map_only(LazyLogits, LazyLogits.read, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs or {}))
+        args, kwargs = tree_map_only(LazyLogits, LazyLogits.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

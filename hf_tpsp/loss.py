@@ -157,7 +157,7 @@ def vocab_parallel_cross_entropy(
 def vocab_parallel_statistics(
     logits: LazyLogits, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
 ) -> TokenStatistics:
-    """Cross entropy, entropy and top-1 of each token from one pass over the vocabulary.
+    """Cross entropy, entropy, top-1 and mean logit of each token from one pass over the vocabulary.
 
     Arguments as in `vocab_parallel_cross_entropy`. The tensors of the result have the shape of `labels`; the gradient
     of `nll` is exact for any upstream gradient; the others have none.
@@ -165,8 +165,8 @@ def vocab_parallel_statistics(
     _check(logits, labels)
     head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
     found = token_statistics(head, *tensors, labels.reshape(-1).to(logits.device))
-    nll, entropy, is_top1 = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1))
-    return TokenStatistics(logits.hook(nll), entropy, is_top1)
+    nll, *others = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1, found.mean_logit))
+    return TokenStatistics(logits.hook(nll), *others)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
@@ -186,7 +186,7 @@ def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, stati
     hidden = logits.hidden
     if hidden.placements != (SEQUENCE,):  # or replicated
         hidden = hidden.redistribute(placements=[Replicate()])
-    with logits.gathered():
+    with (logits.gathered or contextlib.nullcontext)():
         weight, bias = (
             None if p is None else p.to_local(grad_placements=p.placements)
             for p in (logits.head.weight, logits.head.bias)
@@ -227,8 +227,9 @@ def causal_lm_loss(
 def patch_loss(model: PreTrainedModel, loss_parallel: bool = True) -> None:
     """Give `model` the loss above, if its logits are `loss_parallel`, and no key-value cache in training.
 
-    Logits of a call without labels and without gradients come back whole (generation); all others stay sharded, and
-    `.full_tensor()`, called on every rank of the TP group, makes them whole.
+    Logits of a call without labels and without gradients come back whole (generation). All others are not computed until
+    they are read (`LazyLogits`) or, with `loss="loss_parallel"`, DTensors; `.full_tensor()`, called on every rank of the
+    TP group, makes both whole.
     """
     if loss_parallel:
         model.loss_function = causal_lm_loss

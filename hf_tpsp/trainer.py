@@ -77,7 +77,23 @@ def keep_fp32_masters(model: nn.Module) -> None:
         model.float()
 
 
-TRL_CONFIGS = ("SFTConfig",)
+# Optimizers that treat each element alike, whatever the shards; others look at whole rows, blocks or singular values.
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+TRL_CONFIGS = ("SFTConfig", "DPOConfig")
+# Options of the Trainer and of TRL's that would train something else than one process does: why, and what to do.
+REFUSED = {
+    "auto_find_batch_size": "would have to unshard the model; set per_device_train_batch_size",
+    "torch_compile": "would compile the whole model, hooks and all; leave it out and set HF_TPSP_COMPILE=true, which "
+    "compiles each decoder layer",
+    "use_liger_kernel": "puts kernels that know nothing of the shards in place of the model's layers and loss; leave it "
+    "out (the loss is computed in chunks anyway)",
+    "eval_use_gather_object": "gathers every sample once per TP rank; leave it out",
+    "activation_offloading": "hooks what autograd keeps, as hf_tpsp does; leave it out and set "
+    "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
+    "use_weighting": "needs a number of each token that the head on vocabulary shards does not compute; leave it out",
+    "precompute_ref_log_probs": "hashes the whole reference model, which is sharded; leave it out",
+    "sync_ref_model": "copies whole weights from one sharded model to another; leave it out",
+}
 
 
 def library_of(args) -> str:
@@ -88,20 +104,27 @@ def library_of(args) -> str:
 
 def check_training_arguments(args) -> None:
     """Refuse the `TrainingArguments` that would train something else than one process does. Raises `ValueError`."""
-    problems = []
+    problems = [f"{name}=True {why}" for name, why in REFUSED.items() if getattr(args, name, False)]
     if library_of(args) == "trl" and not any(cls.__name__ in TRL_CONFIGS for cls in type(args).__mro__):
         problems.append(f"{type(args).__name__}: of TRL's trainers, those of {', '.join(TRL_CONFIGS)} are supported")
     if args.mixed_precision == "fp16":
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
-    if args.auto_find_batch_size:
-        problems.append("auto_find_batch_size=True would have to unshard the model; set per_device_train_batch_size")
-    if args.torch_compile:
+    if args.optim not in OPTIMIZERS:
         problems.append(
-            "torch_compile=True would compile the whole model, hooks and all; leave it out and set HF_TPSP_COMPILE=true, "
-            "which compiles each decoder layer"
+            f"optim={str(getattr(args.optim, 'value', args.optim))!r} has not been shown to work on shards; of the "
+            f"Trainer's, {', '.join(OPTIMIZERS)} have"
         )
-    if args.eval_use_gather_object:
-        problems.append("eval_use_gather_object=True gathers every sample once per TP rank; leave it out")
+    if args.train_sampling_strategy == "batch_rebalance":
+        problems.append(
+            'train_sampling_strategy="batch_rebalance" deals other batches to each rank of a TP group; use "group_by_length"'
+        )
+    if args.accelerator_config.dispatch_batches:
+        problems.append("dispatch_batches=True does not deal batches by the mesh; leave it out")
+    if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+        problems.append(
+            "gradient_checkpointing_kwargs={'selective': True} chooses operations by their names in one process; leave it "
+            "out, with gradient_checkpointing=False, and set HF_TPSP_ACTIVATION_CHECKPOINTING=selective"
+        )
     if args.fsdp:
         policy = (args.fsdp_config or {}).get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
         if str(policy).upper().rpartition(".")[2] != "NO_WRAP":

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_dataset
-from tiny_model import DATA, save_tiny_model
+from tiny_model import DATA, given_or_tiny
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
@@ -37,11 +37,7 @@ def main() -> None:
 
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    if args.model is None:
-        args.model = str(Path(args.out) / "tiny_model")
-        if accelerator.is_main_process:
-            save_tiny_model(args.model)
-        accelerator.wait_for_everyone()
+    args.model = given_or_tiny(args.model, args.out)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = load_dataset("json", data_files=args.dataset, split="train")

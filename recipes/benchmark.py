@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 import hf_tpsp
-from hf_tpsp import TPSPConfig
+from hf_tpsp import TPSPConfig, guard
 from hf_tpsp.measure import RING_PASSES, collective_floor, measure_step, saved_activation_bytes, step, wire_bytes
 
 COMMAND = "torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 recipes/benchmark.py"
@@ -98,26 +98,52 @@ def row(variant: str, ids: Tensor) -> Tensor:
 # ---- measurements ------------------------------------------------------------------------------------------------
 
 
-def time_steps(models: dict[str, nn.Module], ids: Tensor, steps: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each step of each variant, the slowest rank's. The i-th steps of all variants follow upon each other."""
-    seconds = {variant: [] for variant in models}
+@contextmanager
+def timed_checks() -> Iterator[list[float]]:
+    """While inside, the seconds of each comparison of the ranks' batches (`hf_tpsp.guard`) are appended to the list."""
+    seconds, check = [], guard.check
+
+    def timed(*args) -> None:
+        start = time.perf_counter()
+        check(*args)
+        seconds.append(time.perf_counter() - start)
+
+    guard.check = timed
+    try:
+        yield seconds
+    finally:
+        guard.check = check
+
+
+def time_steps(models: dict[str, nn.Module], ids: Tensor, steps: int, warmup: int) -> tuple[dict, dict]:
+    """For each variant, the seconds of its steps, and of the checks of the batch in them.
+
+    A step's are the slowest rank's. A check's are the rank's that comes to it last: the others wait for that one, which
+    they would do at the next collective. The i-th steps of all variants follow upon each other.
+    """
+    seconds, checks = ({variant: [] for variant in models} for _ in range(2))
     for _ in range(warmup + steps):
         for variant, model in models.items():
             dist.barrier()
-            start = time.perf_counter()
-            step(model, row(variant, ids))
-            model.zero_grad()
-            seconds[variant].append(time.perf_counter() - start)
-    slowest = torch.tensor(list(seconds.values()))[:, warmup:]
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return dict(zip(models, slowest.tolist(), strict=True))
+            with timed_checks() as found:
+                start = time.perf_counter()
+                step(model, row(variant, ids))
+                model.zero_grad()
+                seconds[variant].append(time.perf_counter() - start)
+            checks[variant].append(sum(found))
+    agreed = []
+    for measured, op in ((seconds, dist.ReduceOp.MAX), (checks, dist.ReduceOp.MIN)):
+        values = torch.tensor(list(measured.values()))[:, warmup:]
+        dist.all_reduce(values, op=op)
+        agreed.append(dict(zip(models, values.tolist(), strict=True)))
+    return agreed[0], agreed[1]
 
 
 def run(models: dict[str, nn.Module], config: Qwen2Config, tokens: int, args: argparse.Namespace) -> dict:
     """Everything about one number of tokens per step."""
     ranks, first = dist.get_world_size(), next(iter(models))
     ids = torch.randint(0, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-    seconds = time_steps(models, ids, args.steps, args.warmup)
+    seconds, checks = time_steps(models, ids, args.steps, args.warmup)
     result = {
         "tokens": tokens,
         "saved_bytes_per_layer_floor": {
@@ -131,6 +157,8 @@ def run(models: dict[str, nn.Module], config: Qwen2Config, tokens: int, args: ar
         ratios = [time / base for time, base in zip(seconds[variant], seconds[first], strict=True)]
         found = {"step_seconds": statistics.median(seconds[variant]), "step_ratio": statistics.median(ratios)}
         choices = choices_of(variant, ranks)
+        if choices:
+            found["check_seconds"] = statistics.median(checks[variant])
         if not VARIANTS.get(variant, {}).get("compile"):  # hf_tpsp.measure cannot see into compiled code
             found |= measure_step(model, row(variant, ids))
             sent = found["collectives"]
@@ -161,7 +189,7 @@ def mib(size: float) -> str:
 
 def header(result: dict) -> list[str]:
     return [
-        "tokens", "variant", "step, ms", f"/ {result['base']}", "peak, MiB", "gradients, MiB",
+        "tokens", "variant", "step, ms", f"/ {result['base']}", "check, ms", "peak, MiB", "gradients, MiB",
         "saved per layer, MiB (/ floor)", "head + loss peak, MiB (/ logits)", "AG + RS + AR + A2A", "sent, MiB (/ floor)",
     ]  # fmt: skip
 
@@ -171,6 +199,8 @@ def rows(result: dict) -> Iterator[list[str]]:
     for run in result["runs"]:
         for variant, found in run["variants"].items():
             cells = [str(run["tokens"]), variant, f"{found['step_seconds'] * 1e3:,.0f}", f"{found['step_ratio']:.2f}"]
+            check = found.get("check_seconds")
+            cells.append(f"{check * 1e3:.2f} ({check / found['step_seconds']:.2%})" if check is not None else "-")
             if "peak_bytes" in found:
                 saved, loss, sent = found["saved_bytes_per_layer"], found["loss_peak_bytes"], found["wire_bytes"]
                 floor = found.get("wire_bytes_floor")
@@ -196,6 +226,7 @@ def terminal_table(result: dict) -> Table:
 LEGEND = f"""\
 - **step**: median of interleaved steps (forward, backward, `zero_grad`), the slowest rank's; the ratio is the median of
   the ratios of steps that follow upon each other.
+- **check**: comparing the ranks' batches before a step, and its share of the step.
 - **peak**: tensor bytes on rank 0 above parameters, inputs and **gradients**, which have a column of their own. The
   parameters that FSDP2 gathers are in it.
 - **saved per layer**: activations of a middle decoder layer that are live from forward to backward; in brackets over

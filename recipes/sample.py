@@ -1,9 +1,26 @@
 """Ask a saved model something, in one process: `python recipes/sample.py FOLDER "question"`. Plain transformers."""
 
+from __future__ import annotations
+
+import os
+import subprocess
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.utils import logging
+
+QUESTION = "What is the capital of France?"
+
+
+def report(trainer: Trainer, question: str = QUESTION) -> None:
+    """The first process says what a run has come to, and asks the model that it saved."""
+    if not trainer.is_world_process_zero():
+        return
+    losses, folder = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.args.output_dir
+    print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {folder}", flush=True)
+    # What was saved is an ordinary checkpoint: one process, which knows nothing of hf_tpsp, answers from it.
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, __file__, folder, question], env=alone, check=True)
 
 
 def main() -> None:

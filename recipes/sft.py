@@ -10,14 +10,11 @@ tokenizer on `recipes/data/`. Every `TrainingArguments` option is an option of t
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import load_dataset
-from tiny_model import DATA, save_tiny_model
+from sample import QUESTION, report
+from tiny_model import DATA, given_or_tiny
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -43,9 +40,7 @@ class Script:
     split: str = field(default="train", metadata={"help": "Split of a hub dataset."})
     max_length: int = field(default=256, metadata={"help": "Longer conversations are cut to this many tokens."})
     eval_rows: int = field(default=24, metadata={"help": "Rows held out to evaluate on; 0 for none."})
-    sample: str = field(
-        default="What is the capital of France?", metadata={"help": "Asked of the saved model at the end."}
-    )
+    sample: str = field(default=QUESTION, metadata={"help": "Asked of the saved model at the end."})
 
 
 @dataclass
@@ -88,11 +83,7 @@ def tokenize(row: dict, tokenizer, max_length: int) -> dict[str, list[int]]:
 
 def main() -> None:
     script, args = HfArgumentParser((Script, Arguments)).parse_args_into_dataclasses()
-    if script.model is None:
-        script.model = str(Path(args.output_dir) / "tiny_model")
-        with args.main_process_first(desc="building the tiny model"):
-            if args.process_index == 0:
-                save_tiny_model(script.model, seed=args.seed)
+    script.model = given_or_tiny(script.model, args.output_dir, args.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(script.model)
     if script.dataset.endswith((".json", ".jsonl")):
@@ -117,14 +108,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-
-    if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.output_dir}", flush=True)
-        # What was saved is an ordinary checkpoint: one process, which knows nothing of hf_tpsp, answers from it.
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        sample = Path(__file__).with_name("sample.py")
-        subprocess.run([sys.executable, sample, args.output_dir, script.sample], env=alone, check=True)
+    report(trainer, script.sample)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ an ordinary peft folder, which one process loads, merges and answers from at the
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from tiny_model import DATA, save_tiny_model
+from sample import report
+from tiny_model import DATA, given_or_tiny
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -59,11 +56,7 @@ class Arguments(TrainingArguments):
 
 def main() -> None:
     script, args = HfArgumentParser((Script, Arguments)).parse_args_into_dataclasses()
-    if script.model is None:
-        script.model = str(Path(args.output_dir) / "tiny_model")
-        with args.main_process_first(desc="building the tiny model"):
-            if args.process_index == 0:
-                save_tiny_model(script.model, seed=args.seed)
+    script.model = given_or_tiny(script.model, args.output_dir, args.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(script.model)
 
@@ -86,14 +79,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-
-    if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.output_dir}", flush=True)
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        sample = Path(__file__).with_name("sample.py")
-        question = "What is the capital of France?"
-        subprocess.run([sys.executable, sample, args.output_dir, question], env=alone, check=True)
+    report(trainer)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ option is an option of this script.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import load_dataset
-from tiny_model import DATA, save_tiny_model
+from sample import report
+from tiny_model import DATA, given_or_tiny
 from transformers import HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
@@ -49,19 +49,13 @@ class Arguments(SFTConfig):
 
 def main() -> None:
     script, args = HfArgumentParser((Script, Arguments)).parse_args_into_dataclasses()
-    if script.model is None:
-        script.model = str(Path(args.output_dir) / "tiny_model")
-        with args.main_process_first(desc="building the tiny model"):
-            if args.process_index == 0:
-                save_tiny_model(script.model, seed=args.seed)
+    script.model = given_or_tiny(script.model, args.output_dir, args.seed)
     local = script.dataset.endswith((".json", ".jsonl"))
     data = load_dataset("json", data_files=script.dataset) if local else load_dataset(script.dataset)
     trainer = SFTTrainer(model=script.model, args=args, train_dataset=data["train"])
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print(f"\nloss {losses[0]:.3f} -> {losses[-1]:.3f}; saved to {args.output_dir}", flush=True)
+    report(trainer)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -55,3 +56,16 @@ def save_tiny_model(folder: str | Path, seed: int = 0) -> None:
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def given_or_tiny(model: str | None, out: str, seed: int = 0) -> str:
+    """`model`, or, if the script was given none, the folder of a tiny one, which the first process makes in `out`.
+
+    Call it after the script's `TrainingArguments` or `Accelerator` are made."""
+    if model is not None:
+        return model
+    folder, state = Path(out) / "tiny_model", PartialState()
+    with state.main_process_first():
+        if state.is_main_process:
+            save_tiny_model(folder, seed)
+    return str(folder)

@@ -187,6 +187,7 @@ def statistics() -> dict:
     return {
         "entropy": parity.relative(found.entropy, -(log_probs.exp() * log_probs).sum(-1)),
         "nll": parity.relative(found.nll, reference(logits, problem.labels).view(3, 7)),
+        "mean logit": parity.relative(found.mean_logit, logits.mean(-1)),
         "is_top1": torch.equal(found.is_top1, (logits.argmax(-1) == problem.labels) & valid),
         "hits": int(found.is_top1.sum()),
         "gradients": problem.errors(),
@@ -197,9 +198,14 @@ def statistics() -> dict:
 
 def test_statistics(ranks):
     first, second = ranks.run(2, statistics)
-    assert first["entropy"] < 1e-14 and first["nll"] < 1e-14 and max(first["gradients"].values()) < 1e-14
+    assert (
+        first["entropy"] < 1e-14
+        and first["nll"] < 1e-14
+        and first["mean logit"] < 1e-14
+        and max(first["gradients"].values()) < 1e-14
+    )
     assert first["is_top1"] and 7 <= first["hits"] < 18
-    assert first["bytes per token"] == 4  # numbers: log-sum-exp, label's logit, mean logit, rival
+    assert first["bytes per token"] == 5  # numbers: log-sum-exp, label's, sum of all, rival, mean under softmax
     assert torch.equal(first["bitwise"], second["bitwise"]), "all ranks hold the very same loss"
 
 
@@ -220,7 +226,7 @@ def reading() -> dict:
         parity.relative((lazy + 1).full_tensor(), expected + 1),
         parity.relative(torch.softmax(lazy.full_tensor(), -1), expected.softmax(-1)),
     ]
-    assert type(lazy.detach()) is DTensor and lazy.placements == (Shard(2),)
+    assert type(lazy.detach()) is DTensor and lazy.placements == (Shard(2),)  # inside the model's forward
     scaled = problem.sharded_head(problem.stream)
     scaled *= 2.0
     errors.append(parity.relative(scaled.full_tensor(), expected * 2))
@@ -297,6 +303,7 @@ def evaluation() -> dict:
         halved = (found.logits / 2).full_tensor()
         whole = found.logits.full_tensor()
         assert torch.equal(halved * 2, whole)
+        assert torch.equal(found.logits[:, -1], whole[:, -1]) and type(found.logits[:, -1]) is torch.Tensor
     sharded = all(p.to_local().numel() <= p.numel() // 2 for p in model.parameters() if p.dim() == 2)
     return {"error": parity.relative(whole, expected.logits), "sharded": sharded}
 

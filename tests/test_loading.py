@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, ParallelismConfig
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
+from transformers.integrations import neftune
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_tpsp
@@ -133,13 +135,18 @@ PATCHED = [
     (transformers.AutoModelForCausalLM, "from_pretrained"),
     (transformers.PreTrainedModel, "from_pretrained"),
     (transformers.Trainer, "save_model"),
+    (transformers.Trainer, "push_to_hub"),
+    (transformers.Trainer, "_push_from_checkpoint"),
     (transformers.Trainer, "prediction_step"),
     (transformers.Trainer, "_track_num_input_tokens"),
     (transformers.Trainer, "store_flos"),
     (transformers.TrainingArguments, "__post_init__"),
     (LabelSmoother, "__call__"),
     (Accelerator, "prepare"),
+    (Accelerator, "dispatch_batches"),
     (Accelerator, "gather_for_metrics"),
+    (AcceleratedScheduler, "step"),
+    (neftune, "neftune_post_forward_hook"),
     (AcceleratorState, "__init__"),
     (ParallelismConfig, "dp_shard_enabled"),
 ]
@@ -148,7 +155,7 @@ PATCHED = [
 def snapshot() -> list:
     from transformers.distributed.mixin import DistributedMixin
 
-    classes = {owner for owner, _ in PATCHED} | {DistributedMixin}
+    classes = {owner for owner, _ in PATCHED if isinstance(owner, type)} | {DistributedMixin}
     state = [(owner, name, value) for owner in sorted(classes, key=str) for name, value in sorted(vars(owner).items())]
     return [state, list(transformers.trainer.DEFAULT_CALLBACKS), dict(os.environ)]
 
@@ -191,6 +198,13 @@ def refusals() -> dict[str, str]:
         note("heads", lambda: load(folder))
         note("missing", lambda: load(f"{folder}/nowhere"))
         note("device_map", lambda: load(folder, device_map="auto"))
+        note(
+            "to quantize", lambda: load(folder, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True))
+        )
+        quantized = models.build("qwen2")
+        quantized.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        quantized = save_on_rank_0(quantized)
+        note("quantized", lambda: load(quantized))
     note("world in memory", lambda: hf_tpsp.parallelize(models.build("qwen2"), MESH_2x2))
     model = models.build("qwen2")
     hf_tpsp.parallelize(model, TPSPConfig(tp_size=2))
@@ -210,6 +224,8 @@ def test_refusals(ranks):
         assert "num_key_value_heads=3" in texts["heads"] and "[1, 3]" in texts["heads"]
         assert texts["missing"].startswith("OSError") and "nowhere' is neither a checkpoint folder" in texts["missing"]
         assert "from_pretrained(device_map=…)" in texts["device_map"]
+        assert "from_pretrained(quantization_config=…)" in texts["to quantize"]
+        assert "so QLoRA is not supported; use LoRA" in texts["quantized"]
         assert "already parallelized" in texts["twice"]
         assert "resize_token_embeddings" in texts["resize"]
         assert "model.layers.*.mlp.scale (in a LlamaMLP)" in texts["uncovered"]

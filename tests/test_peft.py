@@ -1,11 +1,15 @@
 """LoRA on sharded layers: gradients of the adapters, what is saved, and what is refused."""
 
+import functools
+from unittest import mock
+
 import models
 import parity
 import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 import hf_tpsp
@@ -35,7 +39,8 @@ def randomize(model: torch.nn.Module) -> None:
 
 def adapted(model_type: str, config: TPSPConfig, first: str, dtype, **options):
     """A model on the mesh with adapters, added after it was sharded, or before."""
-    with hf_tpsp.enable(config):
+    eager = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # inductor itself would take a minute
+    with hf_tpsp.enable(config), mock.patch.object(nn.Module, "compile", eager):
         torch.manual_seed(5 if dist.get_rank() == 0 else 6)  # rank 0's adapters count
         if first == "sharded":
             model = hf_tpsp.parallelize(models.build(model_type, dtype=dtype), config)

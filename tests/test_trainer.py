@@ -1,19 +1,37 @@
 """The stock Trainer on the mesh against the stock Trainer in one process with the same global batch."""
 
+import functools
+import math
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import parity
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+import trl
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load, load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import hf_tpsp
 from hf_tpsp import TPSPCallback, TPSPConfig
+from hf_tpsp.trainer import check_training_arguments
 
-MESH_2x2 = TPSPConfig(tp_size=2, dp_shard_size=2)
+MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
 LOGGED = (
     "loss",
     "grad_norm",
@@ -49,21 +67,33 @@ class StopAt(TrainerCallback):
         control.should_training_stop |= state.global_step == self.step
 
 
-def train(model, out: str, dp_size: int, *, resume=None, stop=None, callbacks=(), steps=6, **options) -> list[dict]:
-    """An ordinary script: arguments, model, Trainer, train, save. Returns the logged values."""
-    arguments = TrainingArguments(
-        output_dir=out, max_steps=steps, per_device_train_batch_size=4 // dp_size, per_device_eval_batch_size=4 // dp_size,
-        gradient_accumulation_steps=2, max_grad_norm=0.5, learning_rate=1e-2, warmup_steps=3, seed=0,
-        eval_strategy="steps", eval_steps=steps // 2, save_strategy="steps", save_steps=steps // 2, logging_steps=1,
-        include_num_input_tokens_seen="all", report_to=[], disable_tqdm=True, use_cpu=True, **options,
-    )  # fmt: skip
+def train(
+    model, out: str, dp_size: int, *, resume=None, stop=None, callbacks=(), steps=6, cls=Trainer, given=None, adapter=None,
+    times=1, **options,
+) -> list[dict]:  # fmt: skip
+    """An ordinary script: arguments, model, Trainer, train, save. Returns the logged values.
+
+    `given` are further arguments of the Trainer, `options` of its `TrainingArguments`; it trains `times` times.
+    """
+    per_device = {"per_device_train_batch_size": 4 // dp_size, "per_device_eval_batch_size": 4 // dp_size}
+    saving = {"eval_strategy": "steps", "eval_steps": steps // 2, "save_strategy": "steps", "save_steps": steps // 2}
+    defaults = {
+        "output_dir": out, "max_steps": steps, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "learning_rate": 1e-2,
+        "warmup_steps": 3, "seed": 0, "logging_steps": 1, "include_num_input_tokens_seen": "all", "report_to": [],
+        "disable_tqdm": True, "use_cpu": True, **per_device, **saving,
+    }  # fmt: skip
+    arguments = TrainingArguments(**{**defaults, **options})
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) if isinstance(model, str) else model
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=Rows(64, 1), eval_dataset=Rows(24, 3),
-        callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
+    if adapter:
+        torch.manual_seed(5)
+        model = get_peft_model(model, adapter)
+    trainer = cls(
+        model=model, args=arguments, callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
+        **{"train_dataset": Rows(64, 1), "eval_dataset": Rows(24, 3), **(given or {})},
     )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=resume)
+    for _ in range(times):
+        trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(f"{out}/final")
     return [{"before": before}, *trainer.state.log_history]
 
@@ -73,10 +103,20 @@ def train_on_mesh(config: TPSPConfig, model: str, out: str, **options) -> list[d
         return train(model, out, config.dp_size, **options)
 
 
+def assert_equal_weights(out: str, expected: str, limit: float = 1e-4) -> None:
+    """What two runs have saved at their end, the model or an adapter."""
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if os.path.exists(f"{expected}/final/{name}"):
+            found, weights = (load_file(f"{folder}/final/{name}") for folder in (out, expected))
+            assert found.keys() == weights.keys()
+            worst = max((parity.relative(found[key], weight), key) for key, weight in weights.items())
+            assert worst[0] <= limit, worst
+
+
 def differences(found: list[dict], expected: list[dict], first: int = 0) -> dict[str, float]:
     """Largest relative difference of each logged value, from step `first` on. The same values must be logged."""
     worst = {}
-    for name in ("before", *LOGGED):
+    for name in ("before", *(name for name in LOGGED if any(name in entry for entry in expected))):
         pairs = [
             [entry[name] for entry in log if name in entry and entry.get("step", first) >= first]
             for log in (found, expected)
@@ -150,8 +190,164 @@ def test_label_smoothing(ranks, tiny, tmp_path):
     assert_equal_logs(found[0], expected)
 
 
+class Ragged(Rows):
+    """Rows of 1 to 17 tokens, the first ones fewer than TP ranks."""
+
+    def __getitem__(self, row):
+        return {name: value[: 1 + row * 5 % 17] for name, value in super().__getitem__(row).items()}
+
+
+def pad(rows: list[dict]) -> dict:
+    """Pad `Ragged` rows on the right."""
+    values = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+        for name, value in values.items()
+    }
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return (self.rows[row] for row in range(len(self.rows)))
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    """A script's own loss, of the logits."""
+    logits = outputs.logits[:, :-1].float()
+    losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="sum")
+    return losses / (1 if num_items_in_batch is None else num_items_in_batch)
+
+
+class OwnLoss(Trainer):
+    """A script's own `compute_loss`, which weights the tokens: the same as the model's only if they are whole and right."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"])
+        targets = inputs["labels"][:, 1:]
+        log_probs = outputs.logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        loss = -(log_probs * (targets >= 0) * torch.linspace(0, 1, targets.shape[1])).sum() / targets.numel()
+        return (loss, outputs) if return_outputs else loss
+
+
+QUICK = {"eval_strategy": "no", "save_strategy": "no", "steps": 3}
+FLAT = {"data_collator": DataCollatorWithFlattening(return_tensors="pt"), "train_dataset": Ragged(64, 1)}
+# What is run, and on which mesh. Noise and the order by lengths are dealt to data-parallel ranks in their own way,
+# as without hf_tpsp.
+OPTIONS = {
+    "adamw_torch": (MESH_2x2, {"optim": "adamw_torch"}),
+    "sgd": (MESH_2x2, {"optim": "sgd"}),
+    "adagrad": (MESH_2x2, {"optim": "adagrad"}),
+    "rmsprop": (MESH_2x2, {"optim": "rmsprop"}),
+    "compute_loss_func": (MESH_2x2, {"given": {"compute_loss_func": own_loss}}),
+    "compute_loss": (MESH_2x2, {"cls": OwnLoss, "gradient_accumulation_steps": 1}),
+    "streamed": (MESH_2x2, {"given": {"train_dataset": Stream(Rows(64, 1))}}),
+    "flattened rows": (MESH_2x2, {"given": {**FLAT}, "include_num_input_tokens_seen": "no"}),
+    "single rows": (MESH_1x2, {"given": {"train_dataset": Ragged(64, 1)}, "per_device_train_batch_size": 1}),
+    "group_by_length": (
+        MESH_1x2,
+        {"given": {"train_dataset": Ragged(64, 1), "data_collator": pad}, "train_sampling_strategy": "group_by_length"},
+    ),
+    "NEFTune": (MESH_1x2, {"neftune_noise_alpha": 5.0}),
+    "several train()": (MESH_2x2, {"times": 2}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(ranks, tiny, tmp_path, option):
+    """Logs and weights of three steps are those of one process."""
+    config, options = OPTIONS[option]
+    one, mesh = str(tmp_path / "one"), str(tmp_path / "mesh")
+    expected = train(tiny, one, 1, **{**QUICK, **options})
+    found = ranks.run(config.world_size, train_on_mesh, config, tiny, mesh, **{**QUICK, **options})[0]
+    assert_equal_logs(found, expected)
+    assert_equal_weights(mesh, one)
+
+
+def test_best_model_at_the_end(ranks, tiny, tmp_path):
+    """The first of two evaluations is the better one: its weights come back, and its checkpoint is kept."""
+    one, mesh = str(tmp_path / "one"), str(tmp_path / "mesh")
+    options = {"load_best_model_at_end": True, "save_total_limit": 1}
+    expected = train(tiny, one, 1, **options)
+    found = ranks.run(4, train_on_mesh, MESH_2x2, tiny, mesh, **options)[0]
+    assert_equal_logs(found, expected)
+    evaluated = [entry["eval_loss"] for entry in expected if entry.get("step") and "eval_loss" in entry]
+    assert evaluated.index(min(evaluated)) < len(evaluated) - 1, "the last one is the best one, which proves nothing"
+    assert_equal_weights(mesh, one)
+    checkpoints = [sorted(f.name for f in (tmp_path / run).glob("checkpoint-*")) for run in ("one", "mesh")]
+    assert checkpoints[0] == checkpoints[1]
+
+
+def lora_on_mesh(model: str, out: str, **options) -> list[dict]:
+    return train_on_mesh(MESH_2x2, model, out, adapter=LoraConfig(r=4, target_modules="all-linear"), **options)
+
+
+def test_lora_interrupted_and_resumed(ranks, tiny, tmp_path):
+    """Equal to one process, and bitwise to itself resumed."""
+    adapter = LoraConfig(r=4, target_modules="all-linear")
+    expected = train(tiny, str(tmp_path / "one"), 1, adapter=adapter)
+    whole = ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "whole"))[0]
+    whole[0]["before"], found = expected[0]["before"], whole
+    assert_equal_logs(found, expected)
+    assert_equal_weights(str(tmp_path / "whole"), str(tmp_path / "one"))
+    ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), stop=3)
+    resumed = ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), resume=str(tmp_path / "cut" / "checkpoint-3"))[0]
+    worst = differences(resumed, whole, first=4)
+    del worst["train_loss"], worst["before"]
+    assert max(worst.values()) == 0
+    assert_equal_weights(str(tmp_path / "cut"), str(tmp_path / "whole"), limit=0)
+
+
+def pushed(model: str, out: str, dp_size: int, adapter: LoraConfig | None = None) -> dict[str, dict[str, bytes]]:
+    """Commit message → the files uploaded with it, in a run that pushes at its checkpoints and at its end."""
+    commits, hf_api = {}, transformers.trainer.hf_api
+
+    def upload_folder(folder_path, commit_message, **kwargs):
+        names = [name for name in os.listdir(folder_path) if not name.startswith(("checkpoint", "final"))]
+        commits[commit_message] = {name: Path(folder_path, name).read_bytes() for name in names}
+        return SimpleNamespace(done=lambda: True)
+
+    def create_repo(name, **kwargs):
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    hub = SimpleNamespace(upload_folder=upload_folder, create_repo=create_repo)
+    transformers.trainer.hf_api = lambda *args, **kwargs: hub
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})), pad_token="a")
+    try:
+        train(model, out, dp_size, adapter=adapter, steps=2, push_to_hub=True, given={"processing_class": tokenizer})
+    finally:
+        transformers.trainer.hf_api = hf_api
+    return commits
+
+
+def pushed_on_mesh(*args) -> dict[str, dict[str, bytes]]:
+    with hf_tpsp.enable(MESH_2x2):
+        return pushed(*args)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["model", "adapter"])
+def test_pushed_folders_are_whole(ranks, tiny, tmp_path, adapter):
+    """Weights, config, tokenizer and card, as one process pushes them, from rank 0."""
+    expected = pushed(tiny, str(tmp_path / "one"), 1, adapter)
+    found, *others = ranks.run(4, pushed_on_mesh, tiny, str(tmp_path / "mesh"), 2, adapter)
+    assert not any(others) and len(found) == 3  # two checkpoints, and the end
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    for message, files in expected.items():
+        assert files.keys() - {"README.md"} == found[message].keys() - {"README.md"}  # peft writes its card every time
+        assert {weights, "tokenizer.json"} <= files.keys() and (
+            message != "Model save" or "README.md" in found[message]
+        )
+        one, mesh = load(files[weights]), load(found[message][weights])
+        assert one.keys() == mesh.keys()
+        for name, weight in one.items():
+            assert parity.relative(mesh[name], weight) < 1e-4, (message, name)
+
+
 def metrics(model: str, out: str, dp_size: int) -> dict:
-    """What `compute_metrics` is given for 22 rows, which do not fill the last batch."""
+    """What `compute_metrics`, `preprocess_logits_for_metrics` and `predict` make of 22 rows, which do not fill the last
+    batch, and of the 24 that do."""
     seen = {}
 
     def compute_metrics(prediction):
@@ -162,7 +358,13 @@ def metrics(model: str, out: str, dp_size: int) -> dict:
                                   use_cpu=True)  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     trainer = Trainer(model=loaded, args=arguments, eval_dataset=Rows(22, 3), compute_metrics=compute_metrics)
-    return {"accuracy": trainer.evaluate()["eval_accuracy"], **seen}
+    seen["accuracy"] = trainer.evaluate()["eval_accuracy"]
+    seen["predicted"] = trainer.predict(Rows(22, 4)).predictions
+    trainer.compute_metrics = None
+    seen["perplexity"] = math.exp(trainer.evaluate(Rows(24, 3))["eval_loss"])
+    trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+    seen["preprocessed"] = trainer.predict(Rows(22, 4)).predictions
+    return seen
 
 
 def metrics_on_mesh(*args) -> dict:
@@ -170,12 +372,15 @@ def metrics_on_mesh(*args) -> dict:
         return metrics(*args)
 
 
-def test_compute_metrics_sees_each_row_once(ranks, tiny, tmp_path):
+def test_evaluation_sees_each_row_once(ranks, tiny, tmp_path):
     expected = metrics(tiny, str(tmp_path), 1)
     found = ranks.run(4, metrics_on_mesh, tiny, str(tmp_path), 2)[0]
     assert (found["labels"] == expected["labels"]).all() and len(found["labels"]) == 22
-    assert abs(found["logits"] - expected["logits"]).max() < 1e-5
+    for name in ("logits", "predicted"):
+        assert found[name].shape == expected[name].shape and abs(found[name] - expected[name]).max() < 1e-5, name
+    assert (found["preprocessed"] == expected["preprocessed"]).all() and len(found["preprocessed"]) == 22
     assert found["accuracy"] == expected["accuracy"]
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
 
 
 def bf16_on_mesh(model: str, out: str, mixed_precision: str, **options) -> dict:
@@ -227,48 +432,75 @@ def test_callback_alone(ranks, tiny, expected, tmp_path):
     assert_equal_logs(ranks.run(4, with_the_callback, tiny, str(tmp_path))[0], expected)
 
 
+# Name → options of the Trainer that are refused at set-up, and what the refusal says.
+REFUSALS = {
+    "auto_find_batch_size": ({"auto_find_batch_size": True}, "set per_device_train_batch_size"),
+    "torch_compile": ({"torch_compile": True}, "HF_TPSP_COMPILE=true"),
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True puts kernels"),
+    "gather_object": ({"eval_use_gather_object": True}, "eval_use_gather_object=True"),
+    "adafactor": ({"optim": "adafactor"}, "optim='adafactor' has not been shown to work on shards; of the Trainer's, adamw_torch,"),
+    "torchao": ({"optim": "adamw_torch_8bit"}, "optim='adamw_torch_8bit' has not"),
+    "batch_rebalance": ({"train_sampling_strategy": "batch_rebalance"}, 'use "group_by_length"'),
+    "dispatch_batches": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+    "selective": (
+        {"gradient_checkpointing_kwargs": {"selective": True}}, "set HF_TPSP_ACTIVATION_CHECKPOINTING=selective"
+    ),
+    "fsdp": (
+        {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+        "'TRANSFORMER_BASED_WRAP' wraps a model that is sharded; leave `fsdp` out",
+    ),
+    "two at once": ({"auto_find_batch_size": True, "optim": "adafactor"}, "per_device_train_batch_size; optim='adafactor'"),
+}  # fmt: skip
+TRL_REFUSALS = {
+    "activation_offloading": "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
+    "use_weighting": "leave it out",
+    "precompute_ref_log_probs": "leave it out",
+    "sync_ref_model": "leave it out",
+}
+
+
 def refusals(model: str, out: str) -> dict[str, str]:
     texts = {}
 
-    def note(name, **options):
-        with hf_tpsp.enable(TPSPConfig(tp_size=2)):
-            try:
-                train(model, out, 1, **options)
-            except ValueError as error:
-                texts[name] = str(error)
+    def note(name, run):
+        with hf_tpsp.enable(TPSPConfig(tp_size=2)), pytest.raises(ValueError) as error:
+            run()
+        texts[name] = str(error.value)
 
-    note("auto_find_batch_size", auto_find_batch_size=True)
-    note("torch_compile", torch_compile=True)
-    note("fsdp", fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
-    GRPOConfig = type("GRPOConfig", (TrainingArguments,), {"__module__": "trl.trainer.grpo_config"})
+    config = models.config("qwen2", vocab_size=132)
+    for name, (options, _) in REFUSALS.items():
+        arguments = TrainingArguments(out, use_cpu=True, report_to=[], **options)
+        note(name, functools.partial(Trainer, AutoModelForCausalLM.from_config(config), arguments))
+    for name in TRL_REFUSALS:
+        cls = trl.SFTConfig if name == "activation_offloading" else trl.DPOConfig
+        arguments = cls(out, use_cpu=True, bf16=False, **{name: True})
+        note(name, functools.partial(check_training_arguments, arguments))
+    for cls in (trl.GRPOConfig, trl.RewardConfig):
+        note(cls.__name__, functools.partial(check_training_arguments, cls(out, use_cpu=True, bf16=False)))
 
     with hf_tpsp.enable(TPSPConfig(tp_size=2)):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         loaded.model.layers[0].adapter = torch.nn.Linear(4, 4)
-        for name, trainer in (
-            ("adapter", lambda: Trainer(loaded, TrainingArguments(out, use_cpu=True))),
-            ("trl", lambda: hf_tpsp.trainer.check_training_arguments(GRPOConfig(out, use_cpu=True, bf16=False))),
-        ):
-            with pytest.raises(ValueError) as error:
-                trainer()
-            texts[name] = str(error.value)
+    note("adapter", lambda: Trainer(loaded, TrainingArguments(out, use_cpu=True)))
 
-    with hf_tpsp.enable(TPSPConfig(tp_size=2)):
+    def on_another_mesh():
         os.environ["PARALLELISM_CONFIG_TP_SIZE"], os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = "1", "2"
-        try:
-            train(model, out, 1)
-        except ValueError as error:
-            texts["another mesh"] = str(error)
+        train(model, out, 1)
+
+    note("another mesh", on_another_mesh)
     return texts
 
 
 def test_refusals(ranks, tiny, tmp_path):
+    """Everything that is refused at set-up is refused in one sentence, which says what to do."""
     texts = ranks.run(2, refusals, tiny, str(tmp_path))[0]
-    assert "auto_find_batch_size=True" in texts["auto_find_batch_size"]
-    assert "HF_TPSP_COMPILE=true" in texts["torch_compile"]
-    assert "TRANSFORMER_BASED_WRAP" in texts["fsdp"] and "leave `fsdp` out" in texts["fsdp"]
+    for name, (_, words) in REFUSALS.items():
+        assert texts[name].startswith("These TrainingArguments do not work") and words in texts[name], texts[name]
+    for name, words in TRL_REFUSALS.items():
+        assert f"{name}=True" in texts[name] and words in texts[name]
+    for name in ("GRPOConfig", "RewardConfig"):
+        assert f"{name}: of TRL's trainers, those of SFTConfig, DPOConfig are supported" in texts[name]
     assert "model.layers.0.adapter.weight, model.layers.0.adapter.bias" in texts["adapter"]
-    assert "GRPOConfig: of TRL's trainers, those of SFTConfig" in texts["trl"]
     assert "(1, 2)" in texts["another mesh"] and "(2, 1)" in texts["another mesh"]
 
 

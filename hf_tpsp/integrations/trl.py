@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
-from trl.trainer import sft_trainer
+from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..compat import replace
@@ -20,14 +20,16 @@ from ..logits import unread
 from ..loss import IGNORE_INDEX, vocab_parallel_statistics
 from ..parallelize import is_parallelized, parallelized_model
 
-OUTPUTS = ("log_probs", "entropy", "is_top1")
+OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits")
 
 
 def install() -> Callable[[], None]:
-    """Put the head in the place of TRL's in SFTTrainer. Returns the function that undoes it."""
+    """Put the head in the place of TRL's in SFTTrainer and DPOTrainer. Returns the function that undoes it."""
     return replace(
         (sft_trainer, "add_fused_lm_head", _patch_add_fused_lm_head),
+        (dpo_trainer, "add_fused_lm_head", _patch_add_fused_lm_head),
         (sft_trainer.SFTTrainer, "compute_loss", _patch_compute_loss),
+        (dpo_trainer.DPOTrainer, "compute_loss", _patch_compute_loss),
     )
 
 
@@ -41,7 +43,7 @@ def _patch_add_fused_lm_head(original: Callable) -> Callable:
         if cast_lm_head_to_fp32 or not set(outputs) <= set(OUTPUTS):
             raise ValueError(
                 f"TRL asks for a fused head with {outputs}{' in fp32' if cast_lm_head_to_fp32 else ''}; on vocabulary "
-                f"shards there are {OUTPUTS}. SFTTrainer needs no others."
+                f"shards there are {OUTPUTS}. SFTTrainer needs no others, nor does DPOTrainer without use_weighting."
             )
         model.forward = fused_forward(model.forward, temperature)
 
@@ -84,14 +86,14 @@ def fused_forward(forward: Callable, temperature: float = 1.0) -> Callable:
             targets, positions = shift_labels, slice(None)
         logits = output.logits if temperature == 1.0 else output.logits / temperature
         found = vocab_parallel_statistics(logits, targets)
-        log_probs, entropy, is_top1 = -found.nll[:, positions], found.entropy[:, positions], found.is_top1[:, positions]
-        mask = targets[:, positions] != IGNORE_INDEX
+        log_probs, mask = -found.nll[:, positions], targets[:, positions] != IGNORE_INDEX
         items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / items,
             log_probs=log_probs,
-            entropy=entropy.masked_fill(~mask, 0.0),
-            is_top1=is_top1,
+            entropy=found.entropy[:, positions].masked_fill(~mask, 0.0),
+            is_top1=found.is_top1[:, positions],
+            mean_logits=found.mean_logit[:, positions].masked_fill(~mask, 0.0),
             label_mask=mask,
         )
 
