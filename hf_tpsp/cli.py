@@ -57,11 +57,19 @@ def main(argv: list[str] | None = None) -> None:
     verify.add_argument("--vocab", type=int, default=131, metavar="N", help="vocabulary of the copy (default 131)")
     verify.add_argument("--dtype", choices=("fp32", "fp64"), default="fp32", help="default fp32")
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
-    verify.add_argument("--all", action="store_true", help="every causal-LM model type of transformers; writes SUPPORT.md")
+    verify.add_argument(
+        "--all", action="store_true", help="every causal-LM model type of transformers; writes SUPPORT.md"
+    )
     verify.add_argument("--only", nargs="+", metavar="TYPE", help="with --all: these model types")
-    verify.add_argument("--jobs", type=int, default=1, metavar="N", help="with --all: sets of ranks side by side (default 1)")
-    verify.add_argument("--results", type=Path, default=Path("verify.json"), help="with --all: what was found, and is not run again")
-    verify.add_argument("-o", "--output", type=Path, default=Path("SUPPORT.md"), help="with --all: the table (default SUPPORT.md)")
+    verify.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="with --all: sets of ranks side by side (default 1)"
+    )
+    verify.add_argument(
+        "--results", type=Path, default=Path("verify.json"), help="with --all: what was found, and is not run again"
+    )
+    verify.add_argument(
+        "-o", "--output", type=Path, default=Path("SUPPORT.md"), help="with --all: the table (default SUPPORT.md)"
+    )
     verify.set_defaults(run=run_verify)
 
     args = parser.parse_args(argv)
@@ -132,7 +140,11 @@ def run_verify(args: argparse.Namespace) -> None:
     if args.all:
         return run_verify_all(args)
     result = verify(
-        args.model, mesh_config(args), length=args.seq, vocabulary=args.vocab, dtype=f"float{args.dtype.removeprefix('fp')}"
+        args.model,
+        mesh_config(args),
+        length=args.seq,
+        vocabulary=args.vocab,
+        dtype=f"float{args.dtype.removeprefix('fp')}",
     )
     if args.json:
         print(json.dumps({**asdict(result), "is_equal": result.is_equal}))
@@ -150,8 +162,12 @@ def print_result(result: Result) -> None:
     if result.error:
         console.print(f"{result.model_type}: [bold]refused[/]. {result.error}", highlight=False)
         return
-    title = f"{result.model_type}, FSDP {result.dp_size} x TP {result.tp_size}, {result.length} tokens, {result.dtype}: "
-    table = Table(title=title + ("equal to one process" if result.is_equal else "DIFFERS from one process"), title_justify="left")
+    title = (
+        f"{result.model_type}, FSDP {result.dp_size} x TP {result.tp_size}, {result.length} tokens, {result.dtype}: "
+    )
+    table = Table(
+        title=title + ("equal to one process" if result.is_equal else "DIFFERS from one process"), title_justify="left"
+    )
     for column in ("", "largest relative error", "limit", "where"):
         table.add_column(column)
     table.add_row("loss", f"{result.loss:.1e}", f"{result.limit:.0e}", "")
@@ -161,7 +177,9 @@ def print_result(result: Result) -> None:
     layers = ", ".join(f"{count} {kind}" for kind, count in result.collectives.items())
     console.print(f"collectives of a decoder layer, forward and backward: {layers or 'none'}", highlight=False)
     sequence = "on" if result.sequence_parallel else "off"
-    console.print(f"sequence parallel {sequence}, loss parallel {'on' if result.loss_parallel else 'off'}", highlight=False)
+    console.print(
+        f"sequence parallel {sequence}, loss parallel {'on' if result.loss_parallel else 'off'}", highlight=False
+    )
     for note in result.notes:
         console.print(f"- {note}", highlight=False)
 

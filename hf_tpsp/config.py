@@ -190,7 +190,7 @@ class TPSPConfig:
         text = model_config.get_text_config(decoder=True)
         heads, kv_heads = (size_of(text, name) for name in ("num_attention_heads", "num_key_value_heads"))
         # Fewer kv heads than ranks are shared by several, each of which has one.
-        if heads and (heads % self.tp_size or kv_heads and kv_heads % self.tp_size and self.tp_size % kv_heads):
+        if heads and (heads % self.tp_size or (kv_heads and kv_heads % self.tp_size and self.tp_size % kv_heads)):
             kv_heads = kv_heads or heads
             sizes = [n for n in _divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
             raise ValueError(

@@ -28,7 +28,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
-from transformers.pytorch_utils import Conv1D
 
 from .config import TPSPConfig, size_of
 from .prove import RANKS, TOKENS, Call, Twin
@@ -91,7 +90,9 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and id(module) in inside and has_parameters(module) and not nested:
             lists[name] = module
     if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of layers that hf_tpsp could find. Train it with FSDP alone.")
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers that hf_tpsp could find. Train it with FSDP alone."
+        )
     ruled = {rule.split(".*", 1)[0] for rule in (model.tp_plan or {}) if ".*" in rule}
     if ruled & lists.keys():
         return {name: layers for name, layers in lists.items() if name in ruled}
@@ -297,7 +298,20 @@ class _Planner:
             )
         return self.twins[kind]
 
+    def computes_before_layers(self) -> bool:
+        """Whether the model needs the whole sequence between the embedding and the first layer."""
+        calls = {name: self.twin.calls.get(name) for name in self.above()}
+        order = list(self.twin.calls)
+        first = min((i for i, n in enumerate(order) if n.startswith(self.twin.stems)), default=0)
+        before = [n for parent in self.above() for n in self.children(parent) if n in order[:first]]
+        return any(c is not None and c.computes_before_layers(self.hidden) for c in calls.values()) or any(
+            self.modules[n] is not self.model.get_input_embeddings() for n in before
+        )
+
     def make(self) -> Plan:
+        self.plain = self.computes_before_layers()
+        if self.plain:
+            self.twin.calls = self.twin.record(from_embedding=False)
         if (reader := self.twin.reads_embedding) is not None:
             raise ValueError(
                 f"{type(self.model).__name__} takes rows of its embedding's weight by itself (in {reader or 'its forward'}), "
@@ -324,7 +338,12 @@ class _Planner:
 
     def split_together(self) -> None:
         """Blocks of one class in one place split all or none: they may hand each other their heads' keys and values."""
-        for name in (child for stem, layers in self.lists.items() for i in range(len(layers)) for child in self.children(f"{stem}.{i}")):
+        for name in (
+            child
+            for stem, layers in self.lists.items()
+            for i in range(len(layers))
+            for child in self.children(f"{stem}.{i}")
+        ):
             if self.call(name) is not None and not is_norm(self.modules[name]):
                 self.proof(name, self.inside(name))
         whole = {key[:2] for key, rules in self.proofs.items() if rules is None}
@@ -361,7 +380,9 @@ class _Planner:
             if kind in NO_SEQUENCE_PARALLEL:
                 return NO_SEQUENCE_PARALLEL[kind]
         head = self.model.get_output_embeddings()
-        if head is not None and not any(self.modules.get(name) is head for above in self.above() for name in self.children(above)):
+        if head is not None and not any(
+            self.modules.get(name) is head for above in self.above() for name in self.children(above)
+        ):
             return "its head is part of a larger module"
         stream = torch.Size((2, TOKENS, self.hidden))
         for name in self.above():
@@ -374,7 +395,9 @@ class _Planner:
                 if layer is None or not layer.streams:
                     continue
                 if layer.streams[0].shape != stream:
-                    return f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
+                    return (
+                        f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
+                    )
                 if found := layer.beyond_pointwise():
                     return f"{wildcard(name)} does more than add and scale beside its blocks ({found})"
                 for child in self.children(name):
@@ -392,9 +415,7 @@ class _Planner:
 
     def set(self, name: str, rule: str) -> None:
         """One rule for all layers, if the others agree; else this layer's own."""
-        if rule.startswith("enter") and name.endswith(".0"):
-            self.plan[name] = rule
-        elif self.plan.setdefault(wildcard(name), rule) != rule:
+        if (rule.startswith("enter") and name.endswith(".0")) or self.plan.setdefault(wildcard(name), rule) != rule:
             self.plan[name] = rule
 
     def plan_child(self, name: str) -> None:
@@ -426,7 +447,11 @@ class _Planner:
     def calls_in(self, twin: str) -> dict[str, Call]:
         """How the modules in the block `twin` were called, by name inside it."""
         prefix = f"{twin}."
-        return {n.removeprefix(prefix) if n != twin else "": c for n, c in self.twin.calls.items() if n == twin or n.startswith(prefix)}
+        return {
+            n.removeprefix(prefix) if n != twin else "": c
+            for n, c in self.twin.calls.items()
+            if n == twin or n.startswith(prefix)
+        }
 
     def inside(self, name: str) -> dict[str, str]:
         """transformers' rules for what is in the block `name`, by name inside it."""
@@ -439,7 +464,6 @@ class _Planner:
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         names = {id(module): name for name, module in self.modules.items()}
         others = []
-        computes = False  # something before the layers that needs the whole sequence
         for parent in self.above():
             for name in self.children(parent):
                 module = self.modules[name]
@@ -449,13 +473,10 @@ class _Planner:
                     self.plan[name] = "norm"
                 else:
                     others.append(f"{name}.")
-                    computes |= not self.is_last(name, parent)
                     for part, rule in whole_layout(module, {}, None).items():
                         self.plan[f"{name}.{part}" if part else name] = rule
             if own_parameters(self.modules[parent]):
                 self.plan[parent] = "stream"
-            call = self.twin.calls.get(parent)
-            computes |= call is not None and call.computes_before_layers(self.hidden)
         if not self.twin.calls_loss_function:
             self.plan.notes.append("no loss parallel: the model computes its cross entropy itself")
         elif head is not None and names[id(head)].startswith(tuple(others)):
@@ -464,7 +485,7 @@ class _Planner:
             self.plan[names[id(head)]] = "lazy_head" if self.config.loss == "chunked" else "head"
             self.plan.loss_parallel, head = True, None
         if embedding is not None and head is None and is_plain_embedding(embedding):
-            plain = computes and self.plan.sequence_parallel
+            plain = self.plain and self.plan.sequence_parallel
             self.plan[names[id(embedding)]] = "embedding:plain" if plain else "embedding"
             embedding = None
         for module in (head, embedding):  # what is left is whole: the two may be one
@@ -481,7 +502,9 @@ class _Planner:
         """Whether the module comes after the layers that are in `parent`."""
         order = list(self.twin.calls)  # by the end of each call
         stems = tuple(f"{stem}." for stem in self.lists if f"{stem}.".startswith(f"{parent}." if parent else ""))
-        return name in order and order.index(name) > max((i for i, n in enumerate(order) if n.startswith(stems)), default=len(order))
+        return name in order and order.index(name) > max(
+            (i for i, n in enumerate(order) if n.startswith(stems)), default=len(order)
+        )
 
 
 def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .config import TPSPConfig
 from .shrink import shrunk_like
@@ -61,7 +62,7 @@ class Call:
         """What its own forward does to the stream that cannot be done to a part of the sequence, or puts together with it
         that is not cut as it is."""
         for operation in self.glue:
-            if operation.on_stream:
+            if operation.on_stream and operation.layers_began:
                 others = [s for s in operation.foreign if s.numel() > max(1, *s[-1:]) and s not in self.along]
                 if operation.name not in POINTWISE or others:
                     return str(operation)
@@ -71,7 +72,8 @@ class Call:
         """Whether its own forward does more than add and scale to a tensor `[batch, seq, hidden]` before the layers."""
         stream = torch.Size((2, TOKENS, hidden))
         return any(
-            not o.layers_began and (o.name not in POINTWISE or any(s != stream and s.numel() > max(1, *s[-1:]) for s in o.shapes))
+            not o.layers_began
+            and (o.name not in POINTWISE or any(s != stream and s.numel() > max(1, *s[-1:]) for s in o.shapes))
             for o in self.glue
         )
 
@@ -92,8 +94,8 @@ class Operation:
     """One operation of a forward on floating tensors of which one is `[batch, seq, …]`.
 
     Attributes:
-        shapes: of its tensors. foreign: of those that the stream is not in. on_stream: whether it is in one. The stream starts at
-            the first layer. layers_began: whether that had been called.
+        shapes: of its tensors. foreign: of those that the stream is not in. on_stream: whether it is in one. layers_began: whether
+            the first layer had been called.
     """
 
     name: str
@@ -153,7 +155,7 @@ class _Glue(TorchFunctionMode):
             name = "same" if isinstance(result, Tensor) and tensors and result.shape == tensors[0].shape else "reshape"
         if any(x.shape[:2] == (2, TOKENS) for x in tensors):
             foreign = [x.shape for x in tensors if id(x) not in self.stream]
-            on_stream = len(foreign) < len(tensors)
+            on_stream = any(id(x) in self.stream and not isinstance(x, nn.Parameter) for x in tensors)
             shapes = [x.shape for x in tensors]
             self.found.append((caller, Operation(name, shapes, foreign, on_stream, self.layers_began)))
         self.follow(tensors, result)
@@ -171,19 +173,23 @@ class Twin:
 
     def __init__(self, model: PreTrainedModel, stems: Iterable[str]):
         self.stems = tuple(f"{stem}." for stem in stems)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet():
+        with _aside():
             self.model = shrunk_like(model).eval()
-            self.modules = dict(self.model.named_modules())
-            self.calls = self._record()
+        self.modules = dict(self.model.named_modules())
+        self.calls = self.record()
 
-    def _record(self) -> dict[str, Call]:
+    def record(self, from_embedding: bool = True) -> dict[str, Call]:
+        """Run the copy once. `from_embedding`: the stream starts there, or else at the first layer."""
         calls: dict[str, Call] = {}
         open_calls: list[tuple[str, tuple, dict]] = []
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         glue = _Glue(open_calls, embedding)
         for stem in self.stems:  # parameters of the layers, or of what they are in, are laid out for the stream
             parts = stem.split(".")
-            for owner in (*(".".join(parts[:i]) for i in range(len(parts) - 1)), *(f"{stem}{i}" for i in range(len(self.modules[stem[:-1]])))):
+            for owner in (
+                *(".".join(parts[:i]) for i in range(len(parts) - 1)),
+                *(f"{stem}{i}" for i in range(len(self.modules[stem[:-1]]))),
+            ):
                 glue.stream.update({id(p): p for p in self.modules[owner].parameters(recurse=False)})
         hooks = []
 
@@ -201,6 +207,8 @@ class Twin:
         def after(name):
             def hook(module, args, kwargs, output):
                 glue.follow([*args, *kwargs.values()], output)
+                if module is embedding and from_embedding:
+                    glue.follow(output)
                 _, args, kwargs = open_calls.pop()
                 found = first_tensor(output)
                 if found is None:
@@ -209,8 +217,14 @@ class Twin:
                     calls[name] = Call(args, kwargs, found.detach().clone(), parameter_names(module))
                 if isinstance(module, (nn.Linear, Conv1D)) and args:
                     for outer, given, named in open_calls:
-                        streams = Call(given, named, found).streams if first_tensor([*given, *named.values()]) is not None else []
-                        is_entry = bool(streams) and streams[0].shape == args[0].shape and torch.equal(streams[0], args[0])
+                        streams = (
+                            Call(given, named, found).streams
+                            if first_tensor([*given, *named.values()]) is not None
+                            else []
+                        )
+                        is_entry = (
+                            bool(streams) and streams[0].shape == args[0].shape and torch.equal(streams[0], args[0])
+                        )
                         if outer not in calls and name.startswith(outer):
                             linears.setdefault(outer, {})[name.removeprefix(outer).lstrip(".")] = is_entry
 
@@ -229,7 +243,7 @@ class Twin:
 
         self.model.loss_function = loss_function
         self.calls_loss_function = False
-        with torch.no_grad(), glue:
+        with torch.no_grad(), _aside(), glue:
             self.model(input_ids=ids, labels=ids, use_cache=False)
         self.reads_embedding = glue.reader
         for name, operation in glue.found:
@@ -247,7 +261,7 @@ class Twin:
         whole one's."""
         call, whole = self.calls[name], self.modules[name]
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet():
+            with torch.no_grad(), _aside():
                 total = sum(self._term(whole, rules, call, rank) for rank in range(RANKS))
         except Exception:  # a layout that does not fit ends in whatever error its shapes run into
             return False
@@ -294,13 +308,13 @@ def _detached(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers has things to say of a random copy that nobody needs to hear."""
-    from transformers.utils import logging
-
+def _aside() -> Iterator[None]:
+    """On the CPU, whatever device the model is made on; the caller's random numbers stay; and transformers has things to say
+    of a random copy that nobody needs to hear."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            yield
     finally:
         logging.set_verbosity(before)

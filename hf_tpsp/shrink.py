@@ -71,10 +71,19 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {"layer_types": ["sliding_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlstm": {"chunk_size": 16},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
 }
 
 
@@ -139,9 +148,10 @@ def _shrink(values: dict[str, Any], attribute_map: dict[str, str]) -> None:
         elif name.endswith("_token_id"):
             values[name] = min(value, 2)
 
-
     if values.get("head_dim") and values.get("qk_rope_head_dim"):  # names the rotary part, or the whole
-        values["head_dim"] = ROPE_DIM if head_dim == rope_dim else ROPE_DIM + values.get("qk_nope_head_dim", HEAD_DIM - ROPE_DIM)
+        values["head_dim"] = (
+            ROPE_DIM if head_dim == rope_dim else ROPE_DIM + values.get("qk_nope_head_dim", HEAD_DIM - ROPE_DIM)
+        )
     expand = values.get("mamba_expand") or values.get("expand")
     mamba_heads = next((n for n in ("mamba_n_heads", "n_mamba_heads", "num_heads") if n in values), None)
     if expand and mamba_heads and any(n in values for n in ("mamba_d_head", "mamba_headdim", "head_dim")):
@@ -149,13 +159,17 @@ def _shrink(values: dict[str, Any], attribute_map: dict[str, str]) -> None:
     if per_layer := values.get("per_layer_config"):
         kept = kinds[1] if kinds else range(small_layers)
         by_layer = {int(layer): values for layer, values in per_layer.items()}
-        values["per_layer_config"] = {i: _per_layer(by_layer[layer]) for i, layer in enumerate(kept) if layer in by_layer}
+        values["per_layer_config"] = {
+            i: _per_layer(by_layer[layer]) for i, layer in enumerate(kept) if layer in by_layer
+        }
 
 
 def _per_layer(values: dict[str, Any]) -> dict[str, Any]:
     """What one layer has in place of the others' sizes: wider heads stay wider."""
     small = {"head_dim": 2 * HEAD_DIM, "global_head_dim": 2 * HEAD_DIM}
-    return {n: small.get(n, min(v, SIZES[n]) if n in SIZES else v) for n, v in values.items() if n not in HEADS + KV_HEADS}
+    return {
+        n: small.get(n, min(v, SIZES[n]) if n in SIZES else v) for n, v in values.items() if n not in HEADS + KV_HEADS
+    }
 
 
 def _is_periodic(values: dict) -> bool:
@@ -183,7 +197,11 @@ def shrunk_like(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def shrunk_model(
-    config: PreTrainedConfig, cls: type | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0,
+    config: PreTrainedConfig,
+    cls: type | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
     vocabulary: int = VOCABULARY,
 ) -> PreTrainedModel:
     """A random model of `shrunk_config(config)`, with no parameter at a neutral start where a wrong gradient could hide.
@@ -206,7 +224,9 @@ def shrunk_model(
         small._attn_implementation = small._experts_implementation = "eager"  # grouped kernels have no fp64
         model = build(small)
     except Exception as error:
-        raise ValueError(f"hf_tpsp cannot build a small copy of this {name} model to prove its plan on: {error}") from error
+        raise ValueError(
+            f"hf_tpsp cannot build a small copy of this {name} model to prove its plan on: {error}"
+        ) from error
     return randomize(model).to(dtype)
 
 

@@ -819,7 +819,9 @@ class SplitRowwise(Rowwise):
         width = features(module)[0]
         super().rehearse(module, rank, size)
         inner = module.forward
-        module.forward = lambda x: inner(local_slice(x, Shard(x.dim() - 1), rank, size)) if x.shape[-1] == width else inner(x)
+        module.forward = lambda x: (
+            inner(local_slice(x, Shard(x.dim() - 1), rank, size)) if x.shape[-1] == width else inner(x)
+        )
 
     def run(self, module, inner, gradients, args, kwargs):
         (x,) = args

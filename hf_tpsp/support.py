@@ -35,7 +35,9 @@ class Verdict:
 
     @property
     def is_equal(self) -> bool:
-        return bool(self.runs) and all(r.is_equal for r in (*self.again, *(r for r in self.runs if not self.again or r.error)))
+        return bool(self.runs) and all(
+            r.is_equal for r in (*self.again, *(r for r in self.runs if not self.again or r.error))
+        )
 
     @property
     def error(self) -> str:

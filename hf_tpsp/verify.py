@@ -183,7 +183,12 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
     for expected, found in zip(reference.parameters(), model.parameters(), strict=True):
         out["weights"] = larger(out["weights"], relative(full(found.detach()), expected.detach()))
     out["collectives"] = max((collectives_of(layer) for layer in decoder_layers(model)), key=lambda c: sum(c.values()))
-    return {**out, "sequence_parallel": plan.sequence_parallel, "loss_parallel": plan.loss_parallel, "notes": plan.notes}
+    return {
+        **out,
+        "sequence_parallel": plan.sequence_parallel,
+        "loss_parallel": plan.loss_parallel,
+        "notes": plan.notes,
+    }
 
 
 def collectives_of(layer: nn.Module) -> dict[str, int]:
@@ -193,12 +198,16 @@ def collectives_of(layer: nn.Module) -> dict[str, int]:
         style = vars(module).get("_tpsp_style")
         if style is None or isinstance(style, Enter):
             continue
-        for count, kind in re.findall(r"(\d*) ?(all-gather|reduce-scatter|all-reduce)", f"{style.forward_collective}, {style.backward_collective}"):
+        for count, kind in re.findall(
+            r"(\d*) ?(all-gather|reduce-scatter|all-reduce)", f"{style.forward_collective}, {style.backward_collective}"
+        ):
             found[kind] += int(count or 1)
     return dict(found)
 
 
-def build(source: str | PreTrainedConfig, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any]) -> PreTrainedModel:
+def build(
+    source: str | PreTrainedConfig, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any]
+) -> PreTrainedModel:
     """The small copy of a model type, or of what is in a checkpoint folder (its own code included)."""
     config, cls = read(source)
     text = config.get_text_config(decoder=True)
@@ -213,16 +222,22 @@ def read(source: str) -> tuple[PreTrainedConfig, type | None]:
     """Config and class of a model type of transformers, or of a folder, whose own code is trusted."""
     if source in CONFIG_MAPPING:
         return CONFIG_MAPPING[source](), None
-    if not os.path.exists(source):
-        close = difflib.get_close_matches(source, CONFIG_MAPPING, 3)
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
-        raise ValueError(f"{source!r} is neither a model type of transformers nor a folder.{hint}")
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     return config, get_class_from_dynamic_module(code, source) if code else None
 
 
-def _on_rank(source: str, config: TPSPConfig, length: int, vocabulary: int, dtype: str, settings: dict) -> dict[str, Any]:
+def check_known(source: str) -> None:
+    """Raise `ValueError` unless `source` is a model type of transformers or a path."""
+    if source not in CONFIG_MAPPING and not os.path.exists(source):
+        close = difflib.get_close_matches(source, CONFIG_MAPPING, 3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"{source!r} is neither a model type of transformers nor a folder.{hint}")
+
+
+def _on_rank(
+    source: str, config: TPSPConfig, length: int, vocabulary: int, dtype: str, settings: dict
+) -> dict[str, Any]:
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     torch_dtype = getattr(torch, dtype)
@@ -256,7 +271,7 @@ def verify(
     Returns:
         The largest errors, or why there are none. Nothing raises but an unknown `source`.
     """
-    read(source)  # raises here, not on the ranks
+    check_known(source)
     result = Result(source, config.dp_size, config.tp_size, length, vocabulary, dtype)
     own = pool or RankPool()
     try:

@@ -3,9 +3,9 @@
 import models
 import parity
 import torch
-from hf_tpsp.ranks import RankPool
 
 from hf_tpsp import TPSPConfig
+from hf_tpsp.ranks import RankPool
 
 MESHES = {"1x2": TPSPConfig(tp_size=2), "2x2": TPSPConfig(tp_size=2, dp_shard_size=2)}
 PECULIAR = {

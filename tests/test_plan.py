@@ -69,7 +69,9 @@ def test_a_modification_that_the_config_does_not_know_is_named():
         layer.mlp.scale = nn.Parameter(torch.ones(3, device="meta"))
     with pytest.raises(ValueError) as error:
         plan_for(model, TP2)
-    assert "model.layers.0 (LlamaDecoderLayer) has parameters (model.layers.0.mlp.scale) not in a small" in str(error.value)
+    assert "model.layers.0 (LlamaDecoderLayer) has parameters (model.layers.0.mlp.scale) not in a small" in str(
+        error.value
+    )
 
 
 def test_a_rule_that_does_not_hold_is_not_used():
@@ -135,7 +137,9 @@ def test_nothing_to_split():
 
 def test_rows_of_shared_kv_heads():
     """4 ranks, 2 kv heads: each rank takes its query heads' one."""
-    assert [rows_of(("64@2",), rank, 4).tolist() for rank in range(4)] == 2 * [list(range(32))] + 2 * [list(range(32, 64))]
+    assert [rows_of(("64@2",), rank, 4).tolist() for rank in range(4)] == 2 * [list(range(32))] + 2 * [
+        list(range(32, 64))
+    ]
     plan = plan_for(from_config("llama", num_key_value_heads=4, num_attention_heads=8), TPSPConfig(tp_size=4))
     assert plan["model.layers.*.self_attn"] == "gather:groups"
     assert plan["model.layers.*.self_attn.k_proj"] == "colwise_gathered:32@2"
@@ -153,7 +157,12 @@ def test_cli_table(tmp_path, capsys):
     main(["plan", str(tmp_path), "--tp", "2"])
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:6]] for cells in lines}
-    assert rows["model.layers.*.mlp"] == ["Phi3MLP", "gather", "all-gather, reduce-scatter", "2 all-gathers, reduce-scatter"]
+    assert rows["model.layers.*.mlp"] == [
+        "Phi3MLP",
+        "gather",
+        "all-gather, reduce-scatter",
+        "2 all-gathers, reduce-scatter",
+    ]
     assert rows["model.layers.*.mlp.down_proj"] == ["Linear", "rowwise", "-", "-"]
     assert rows["model.norm"] == ["Phi3RMSNorm", "norm", "-", "-"]
     assert rows["lm_head"] == ["Linear", "lazy_head", "all-gather", "reduce-scatter"]

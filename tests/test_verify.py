@@ -40,7 +40,10 @@ RECURRENT = ("qwen3_next", "deepseek_v4")  # rounding alone exceeds 1e-5: in fp6
 
 
 def found(result: Result) -> str:
-    return result.error or f"loss {result.loss:.1e}, {result.parameter} {result.gradient:.1e}, weights {result.weights:.1e}"
+    return (
+        result.error
+        or f"loss {result.loss:.1e}, {result.parameter} {result.gradient:.1e}, weights {result.weights:.1e}"
+    )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -122,7 +125,10 @@ def folder_of(path, code: str) -> str:
     """A checkpoint folder with code of its own: `config.json` that points to `modeling_mine.py`."""
     (path / "modeling_mine.py").write_text(textwrap.dedent(code))
     config = transformers.LlamaConfig(num_key_value_heads=8, vocab_size=1000, num_hidden_layers=4).to_dict()
-    config["auto_map"] = {"AutoConfig": "modeling_mine.MyLlamaConfig", "AutoModelForCausalLM": "modeling_mine.MyLlamaForCausalLM"}
+    config["auto_map"] = {
+        "AutoConfig": "modeling_mine.MyLlamaConfig",
+        "AutoModelForCausalLM": "modeling_mine.MyLlamaForCausalLM",
+    }
     config["model_type"] = "my_llama"
     (path / "config.json").write_text(json.dumps(config))
     return str(path)
@@ -158,7 +164,9 @@ def test_all_is_resumable(tmp_path, monkeypatch, capsys):
 
     def verify(model_type, config, **options):
         asked.append(model_type)
-        result = Result(model_type, config.dp_size, config.tp_size, 17, 131, options.get("dtype", "float32"), gradient=1e-7)
+        result = Result(
+            model_type, config.dp_size, config.tp_size, 17, 131, options.get("dtype", "float32"), gradient=1e-7
+        )
         return {
             "llama": result,
             "qwen3_next": replace(result, gradient=1e-13 if result.dtype == "float64" else 1e-4),
