@@ -215,10 +215,9 @@ class Style:
 
     forward_collective = "-"
     backward_collective = "-"
-    parameter_rules: dict[str, str] = {}
-    """Rules of the plan for single parameters of the module (`split:0`, `packed:1,2`, `mean`), by name."""
 
     def __init__(self, config: TPSPConfig):
+        self.parameter_rules: dict[str, str] = {}  # the plan's, for single parameters: `split:0`, `packed:1,2`, `mean`
         self.sequence_parallel = config.sequence_parallel
         self.regather_inputs = config.regather_inputs and config.sequence_parallel
 
@@ -421,7 +420,10 @@ class Enter(Stream):
 
         # A hook, not a wrapped forward: transformers checkpoints a layer only if its class's own forward is called.
         def enter(module, args, kwargs):
-            args = tuple(cut(x) if i == 0 or name in self.names else x for i, (name, x) in enumerate(zip(order, args)))
+            args = tuple(
+                cut(x) if i == 0 or name in self.names else x
+                for i, (name, x) in enumerate(zip(order, args, strict=False))
+            )
             return args, {name: cut(x) if name in ("hidden_states", *self.names) else x for name, x in kwargs.items()}
 
         if self.sequence_parallel:
@@ -840,6 +842,7 @@ class Adapter(Style):
     """
 
     def __init__(self, of: Style, placement: Placement, is_sum: bool = False, rows: Tensor | None = None):
+        self.parameter_rules = {}
         self.sequence_parallel, self.regather_inputs = of.sequence_parallel, of.regather_inputs
         self._placement, self.is_sum, self.rows = placement, is_sum, rows
 

@@ -19,8 +19,8 @@ from .verify import Result, verify
 
 RUNS = (
     # An odd vocabulary and an odd length, and an MoE's auxiliary loss, which over several batches is not one process's.
-    dict(dp=1, length=17, vocabulary=131, settings={"output_router_logits": True}),
-    dict(dp=2, length=16, vocabulary=128, settings={}),
+    {"dp": 1, "length": 17, "vocabulary": 131, "settings": {"output_router_logits": True}},
+    {"dp": 2, "length": 16, "vocabulary": 128, "settings": {}},
 )
 
 
