@@ -1,9 +1,9 @@
-"""The layouts: one class for each role a module can play in a tensor-parallel block.
+"""The layouts: one class for each role a module can play.
 
-A decoder layer is a *region* between a gather and a reduce-scatter, once for the token mixer and once for the MLP:
+A decoder layer is a *region* between a gather and a reduce-scatter, once for the token mixer and once for the MLP, each a `Block`:
 
-    residual stream ──norm──▶ gather ──▶ colwise ──▶ (local heads) ──▶ rowwise ──▶ residual stream
-      Shard(1)              all-gather                              reduce-scatter    Shard(1)
+    residual stream ──norm──▶ gather ──▶ colwise ──▶ (local heads) ──▶ rowwise ──▶ reduce-scatter ──▶ residual stream
+      Shard(1)              all-gather                              a term of a sum                     Shard(1)
 
 The residual stream is a DTensor `[batch, seq, hidden]` sharded over the sequence, with its true global shape, so the
 Hugging Face code between the layers sees the whole sequence's length (position ids, masks, rotary tables). Inside a
@@ -14,8 +14,9 @@ With `sequence_parallel=False` the same classes leave the stream a plain replica
 reduce-scatter is one all-reduce instead.
 
 Gradients. A column- or row-sharded weight gets its whole gradient on the rank that owns it. A *replicated* parameter
-(norms, q_norm/k_norm, the bias of a row-parallel layer) sees a part of the sequence or of the heads on each rank, so
-its local gradient is one term of a sum over the TP ranks. `ReplicatedGradients` adds the terms, once per backward.
+(norms, q_norm/k_norm, routers, the bias of a row-parallel layer) sees a part of the sequence or of the heads on each rank, so
+its local gradient is one term of a sum over the TP ranks. `ReplicatedGradients` adds the terms, once per backward. In a block
+that every rank computes `Whole`, each has the whole gradient, and nothing is added.
 """
 
 from __future__ import annotations
