@@ -175,7 +175,12 @@ def _share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
 
     def share(module, args, output):
         if isinstance(output, dict) and output.get("router_logits") is not None:
-            output["router_logits"] = tuple(OneShare.apply(x, tp_size) for x in output["router_logits"])
+            logits = output[
+                "router_logits"
+            ]  # those that a block returned, and did not only compute, are shared already
+            output["router_logits"] = tuple(
+                x if hasattr(x, "_tpsp_shared") else OneShare.apply(x, tp_size) for x in logits
+            )
 
     model.get_decoder().register_forward_hook(share)
 

@@ -36,9 +36,6 @@ from .styles import Block, features, is_norm
 # Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
-NO_SEQUENCE_PARALLEL: dict[str, str] = {}
-"""Model type → why its residual stream cannot be sharded over the sequence, where the structure does not show it."""
-
 GATHERED, SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"  # of transformers
 
 
@@ -273,11 +270,17 @@ class _Planner:
         self.native = dict(model.tp_plan or {})
         self.modules = dict(model.named_modules())
         self.lists = layer_lists(model)
-        self.twin = Twin(model, self.lists)
-        self.twins = {self.kind(name, module): name for name, module in reversed(self.twin.modules.items())}
+        for every_layer in (False, True):  # a pattern of layers may go by fields that `shrink.py` does not know
+            self.twin = Twin(model, self.lists, every_layer)
+            self.twins = {self.kind(name, module): name for name, module in reversed(self.twin.modules.items())}
+            if {self.kind(name, self.modules[name]) for name in self.layers()} <= self.twins.keys():
+                break
         self.proofs: dict[tuple, dict[str, str] | None] = {}
         self.plan = Plan(config.sequence_parallel)
         self.hidden = self.twin.model.config.get_text_config(decoder=True).hidden_size
+
+    def layers(self) -> list[str]:
+        return [f"{stem}.{index}" for stem, layers in self.lists.items() for index in range(len(layers))]
 
     @staticmethod
     def kind(name: str, module: nn.Module) -> tuple:
@@ -304,7 +307,7 @@ class _Planner:
         order = list(self.twin.calls)
         first = min((i for i, n in enumerate(order) if n.startswith(self.twin.stems)), default=0)
         before = [n for parent in self.above() for n in self.children(parent) if n in order[:first]]
-        return any(c is not None and c.computes_before_layers(self.hidden) for c in calls.values()) or any(
+        return any(c is not None and c.beyond_pointwise(before_layers=True) for c in calls.values()) or any(
             self.modules[n] is not self.model.get_input_embeddings() for n in before
         )
 
@@ -322,11 +325,10 @@ class _Planner:
             self.plan.sequence_parallel = False
             self.plan.notes.append(f"no sequence parallel: {self.reason}")
         self.split_together()
-        for stem, layers in self.lists.items():
-            for index, layer in enumerate(layers):
-                self.plan_layer(f"{stem}.{index}", layer)
-                for name in self.children(f"{stem}.{index}"):
-                    self.plan_child(name)
+        for name in self.layers():
+            self.plan_layer(name, self.modules[name])
+            for child in self.children(name):
+                self.plan_child(child)
         self.plan_outside()
         check_complete(self.model, self.plan)
         if not self.plan.loss_parallel and not any(self.proofs.values()):
@@ -338,12 +340,7 @@ class _Planner:
 
     def split_together(self) -> None:
         """Blocks of one class in one place split all or none: they may hand each other their heads' keys and values."""
-        for name in (
-            child
-            for stem, layers in self.lists.items()
-            for i in range(len(layers))
-            for child in self.children(f"{stem}.{i}")
-        ):
+        for name in (child for layer in self.layers() for child in self.children(layer)):
             if self.call(name) is not None and not is_norm(self.modules[name]):
                 self.proof(name, self.inside(name))
         whole = {key[:2] for key, rules in self.proofs.items() if rules is None}
@@ -376,9 +373,6 @@ class _Planner:
 
     def stream_reason(self) -> str | None:
         """Why the stream cannot be sharded over the sequence, or None."""
-        for kind in {self.model.config.model_type, self.model.config.get_text_config(decoder=True).model_type}:
-            if kind in NO_SEQUENCE_PARALLEL:
-                return NO_SEQUENCE_PARALLEL[kind]
         head = self.model.get_output_embeddings()
         if head is not None and not any(
             self.modules.get(name) is head for above in self.above() for name in self.children(above)
@@ -386,26 +380,25 @@ class _Planner:
             return "its head is part of a larger module"
         stream = torch.Size((2, TOKENS, self.hidden))
         for name in self.above():
+            if self.plain and own_parameters(self.modules[name]):
+                return f"{name or 'the model'} has parameters of its own, and computes before its layers"
             call = self.twin.calls.get(name)
             if call is not None and (found := call.beyond_pointwise()):
                 return f"{name or 'the model'} does more than add and scale between its layers ({found})"
-        for stem, layers in self.lists.items():
-            for name in (f"{stem}.{index}" for index in range(len(layers))):
-                layer = self.call(name)
-                if layer is None or not layer.streams:
-                    continue
-                if layer.streams[0].shape != stream:
-                    return (
-                        f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
-                    )
-                if found := layer.beyond_pointwise():
-                    return f"{wildcard(name)} does more than add and scale beside its blocks ({found})"
-                for child in self.children(name):
-                    call = self.call(child)
-                    if call is None:
-                        return f"{wildcard(child)} is used without being called"
-                    if not call.is_sequence:
-                        return f"{wildcard(child)} is not given [batch, seq, hidden]"
+        for name in self.layers():
+            layer = self.call(name)
+            if layer is None or not layer.streams:
+                continue
+            if layer.streams[0].shape != stream:
+                return f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
+            if found := layer.beyond_pointwise():
+                return f"{wildcard(name)} does more than add and scale beside its blocks ({found})"
+            for child in self.children(name):
+                call = self.call(child)
+                if call is None:
+                    return f"{wildcard(child)} is used without being called"
+                if not call.is_sequence:
+                    return f"{wildcard(child)} is not given [batch, seq, hidden]"
         return None
 
     def above(self) -> list[str]:

@@ -58,24 +58,15 @@ class Call:
         given, returned = (self.streams or [self.output])[0].shape, self.output.shape
         return given[:2] == shapes[0] and (returned[:2] == shapes[0] or returned[:1] == shapes[1])
 
-    def beyond_pointwise(self) -> str | None:
-        """What its own forward does to the stream that cannot be done to a part of the sequence, or puts together with it
-        that is not cut as it is."""
+    def beyond_pointwise(self, before_layers: bool = False) -> str | None:
+        """What its own forward does to the stream, since the layers began or before, that cannot be done to a part of the
+        sequence, or puts together with it that is not cut as it is."""
         for operation in self.glue:
-            if operation.on_stream and operation.layers_began:
-                others = [s for s in operation.foreign if s.numel() > max(1, *s[-1:]) and s not in self.along]
+            if operation.on_stream and operation.layers_began != before_layers:
+                others = [s for s in operation.foreign if s.numel() > 1 and s not in self.along]
                 if operation.name not in POINTWISE or others:
                     return str(operation)
         return None
-
-    def computes_before_layers(self, hidden: int) -> bool:
-        """Whether its own forward does more than add and scale to a tensor `[batch, seq, hidden]` before the layers."""
-        stream = torch.Size((2, TOKENS, hidden))
-        return any(
-            not o.layers_began
-            and (o.name not in POINTWISE or any(s != stream and s.numel() > max(1, *s[-1:]) for s in o.shapes))
-            for o in self.glue
-        )
 
     @property
     def along(self) -> dict[torch.Size, str]:
@@ -137,9 +128,8 @@ class _Glue(TorchFunctionMode):
         """The stream is in `given`; or it is in `output` if it is in one of `given`."""
         if output is None:
             self.stream[id(given)] = given
-        elif any(id(x) in self.stream for x in given):
-            for x in output if isinstance(output, (tuple, list)) else [output]:
-                self.stream[id(x)] = x
+        elif any(id(x) in self.stream for x in given) and (first := first_tensor(output)) is not None:
+            self.stream[id(first)] = first
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -171,12 +161,17 @@ class Twin:
         calls_loss_function: whether the model leaves its loss to `loss_function`, as most do.
     """
 
-    def __init__(self, model: PreTrainedModel, stems: Iterable[str]):
+    def __init__(self, model: PreTrainedModel, stems: Iterable[str], every_layer: bool = False):
         self.stems = tuple(f"{stem}." for stem in stems)
         with _aside():
-            self.model = shrunk_like(model).eval()
+            self.model = shrunk_like(model, every_layer).eval()
         self.modules = dict(self.model.named_modules())
-        self.calls = self.record()
+        try:
+            self.calls = self.record()
+        except Exception as error:
+            raise ValueError(
+                f"hf_tpsp cannot run a small copy of {type(model).__name__} on the CPU, so it cannot prove a plan for it: {error}"
+            ) from error
 
     def record(self, from_embedding: bool = True) -> dict[str, Call]:
         """Run the copy once. `from_embedding`: the stream starts there, or else at the first layer."""

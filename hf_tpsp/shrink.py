@@ -45,57 +45,42 @@ SIZES: dict[str, int] = {
                      "gated_norm_rank", "d_rel"), ROPE_DIM),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), HEAD_DIM),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8), "n_groups": 2, "mamba_n_groups": 1,
-    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), WINDOW),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 2 * WINDOW),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), ROPE_DIM),
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "num_kv_shared_layers"), 1),
-    **dict.fromkeys(("full_attention_interval", "sliding_window_pattern", "global_attn_every_n_layers", "attn_layer_period",
-                     "expert_layer_period", "no_rope_layer_interval", "layer_group_size", "n_layers_per_attn_res_block"), 2),
-    **dict.fromkeys(("attn_layer_offset", "max_window_layers"), 1),
     **dict.fromkeys(("ple_embed_dim",), 64), "heads_per_ngram": 2, "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 4,
     "block_multiple_of": 8, "rel_extent": 16, "conv_kernel_size": 4,
 }  # fmt: skip
 """Field of a config → its size in the copy. One that is smaller already, or None, stays as it is."""
 
-FEED_FORWARD = 4  # of a feed-forward layer's width to the hidden size: intermediate sizes end in one of these
+OF_LAYERS: dict[str, int] = {
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "num_kv_shared_layers"), 1),
+    **dict.fromkeys(("full_attention_interval", "sliding_window_pattern", "global_attn_every_n_layers", "attn_layer_period",
+                     "expert_layer_period", "no_rope_layer_interval", "layer_group_size", "n_layers_per_attn_res_block",
+                     "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval"), 2),
+    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "max_window_layers"), 1),
+}  # fmt: skip
+"""Those that say which layer is of which kind."""
+
+# What the name of a feed-forward layer's width ends in.
 FEED_FORWARD_NAMES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "inner_dim", "n_inner", "dim_ff", "dff", "d_inner",
                       "intermediate_size_mlp", "feed_forward_size", "emb_dim")  # fmt: skip
 
 FILLED = ("head_dim", "n_shared_experts", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok")
 """Sizes that some configs leave open, though their models cannot be built without them."""
 
-# Model type → what its rows above do not say.
-PECULIAR: dict[str, dict[str, Any]] = {
-    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "granitemoe_swa": {"layer_types": ["sliding_attention", "full_attention"]},
-    "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 4,
-    },
-    "recurrent_gemma": {"num_hidden_layers": 3},
-    "xlstm": {"chunk_size": 16},
-    "zamba2": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-    },
-}
 
+def shrunk_config(config: PreTrainedConfig, every_layer: bool = False) -> PreTrainedConfig:
+    """A copy of `config` with small sizes, and of what it is made of.
 
-def shrunk_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of `config` with small sizes. Its text model's, where it wraps one; other parts stay."""
+    Args:
+        every_layer: keep as many layers, each of its kind, instead of one of each kind.
+    """
     values = config.to_dict()
-    _shrink(values, getattr(config, "attribute_map", {}))
-    values.update(PECULIAR.get(config.model_type, {}))
+    _shrink(values, every_layer)
     for name in config.sub_configs:
         sub = getattr(config, name, None)
         if isinstance(sub, PreTrainedConfig):
-            values[name] = shrunk_config(sub)
+            values[name] = shrunk_config(sub, every_layer)
     for name in ("model_type", "transformers_version", "architectures", "quantization_config"):
         values.pop(name, None)
     return type(config)(**{name: value for name, value in values.items() if value is not None})
@@ -105,7 +90,7 @@ def _first(values: dict, names: tuple[str, ...]) -> int | None:
     return next((values[n] for n in names if isinstance(values.get(n), int)), None)
 
 
-def _shrink(values: dict[str, Any], attribute_map: dict[str, str]) -> None:
+def _shrink(values: dict[str, Any], every_layer: bool) -> None:
     heads = _first(values, HEADS) or 4
     kv_heads = _first(values, KV_HEADS) or heads
     if values.get("multi_query") and not values.get("new_decoder_architecture"):
@@ -118,8 +103,10 @@ def _shrink(values: dict[str, Any], attribute_map: dict[str, str]) -> None:
     small_hidden = small_heads * HEAD_DIM
 
     head_dim, rope_dim = values.get("head_dim"), values.get("qk_rope_head_dim")
-    kinds = _layer_kinds(values)
-    small_layers = len(kinds[1]) if kinds else min(_first(values, LAYERS) or 2, 4 if _is_periodic(values) else 2)
+    if stack := values.pop("num_layers_per_stack", None):  # the other number follows from it
+        values["num_hidden_layers"] = stack
+    layers = _first(values, LAYERS) or 2
+    kept = list(range(layers)) if every_layer else _kept_layers(values, layers)
     for name, value in list(values.items()):
         if value is None and name in FILLED:
             value = 1 << 30
@@ -127,22 +114,22 @@ def _shrink(values: dict[str, Any], attribute_map: dict[str, str]) -> None:
             values[name] = 0.0
         if isinstance(value, bool):
             continue
-        if isinstance(value, (list, tuple)) and kinds and len(value) == kinds[0]:
-            values[name] = type(value)(value[i] for i in kinds[1])
+        if isinstance(value, (list, tuple)) and len(value) == layers > 1:
+            values[name] = type(value)(value[i] for i in kept)
             if all(isinstance(v, int) and v >= hidden for v in values[name]):
-                values[name] = type(value)(2 * small_hidden for _ in kinds[1])
-        elif not isinstance(value, int) or value <= 0:
+                values[name] = type(value)(2 * small_hidden for _ in kept)
+        elif not isinstance(value, int) or value <= 0 or (every_layer and name in OF_LAYERS):
             continue
         elif name in LAYERS:
-            values[name] = small_layers
+            values[name] = len(kept)
         elif name in HEADS:
             values[name] = small_heads
         elif name in KV_HEADS:
             values[name] = small_kv
         elif name in HIDDEN:
             values[name] = small_hidden
-        elif name in SIZES:
-            values[name] = min(value, SIZES[name])
+        elif name in SIZES or name in OF_LAYERS:
+            values[name] = min(value, (SIZES | OF_LAYERS)[name])
         elif name.endswith(FEED_FORWARD_NAMES):
             values[name] = min(value, 2 * small_hidden)
         elif name.endswith("_token_id"):
@@ -157,7 +144,6 @@ def _shrink(values: dict[str, Any], attribute_map: dict[str, str]) -> None:
     if expand and mamba_heads and any(n in values for n in ("mamba_d_head", "mamba_headdim", "head_dim")):
         values[mamba_heads] = expand * small_hidden // HEAD_DIM
     if per_layer := values.get("per_layer_config"):
-        kept = kinds[1] if kinds else range(small_layers)
         by_layer = {int(layer): values for layer, values in per_layer.items()}
         values["per_layer_config"] = {
             i: _per_layer(by_layer[layer]) for i, layer in enumerate(kept) if layer in by_layer
@@ -172,28 +158,26 @@ def _per_layer(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _is_periodic(values: dict) -> bool:
-    return any(n.endswith(("_interval", "_period", "_pattern", "every_n_layers", "layer_group_size")) for n in values)
-
-
-def _layer_kinds(values: dict) -> tuple[int, list[int]] | None:
-    """The number of layers, and the first layer of each kind, by the fields that list something of every layer."""
-    number = _first(values, LAYERS)
-    lists = [v for v in values.values() if isinstance(v, (list, tuple)) and number and len(v) == number > 1]
+def _kept_layers(values: dict, layers: int) -> list[int]:
+    """The first layer of each kind, by the fields that list something of every layer; two at least."""
+    lists = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == layers > 1]
     if not lists:
-        return None
+        return list(range(min(layers, 4 if OF_LAYERS.keys() & values.keys() else 2)))
     rows = [str(row) for row in zip(*lists, strict=True)]
     first = sorted({row: i for i, row in reversed(list(enumerate(rows)))}.values())[:6]
-    return number, first if len(first) > 1 else [0, min(1, number - 1)]
+    return first if len(first) > 1 else [0, 1]
 
 
-def shrunk_like(model: PreTrainedModel) -> PreTrainedModel:
+def shrunk_like(model: PreTrainedModel, every_layer: bool = False) -> PreTrainedModel:
     """A small random copy of `model`, of its own class.
+
+    Args:
+        every_layer: with as many layers.
 
     Raises:
         ValueError: it cannot be built from a smaller config, or a size of it does not follow the config.
     """
-    return shrunk_model(model.config, type(model))
+    return shrunk_model(model.config, type(model), every_layer=every_layer)
 
 
 def shrunk_model(
@@ -203,6 +187,7 @@ def shrunk_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     vocabulary: int = VOCABULARY,
+    every_layer: bool = False,
 ) -> PreTrainedModel:
     """A random model of `shrunk_config(config)`, with no parameter at a neutral start where a wrong gradient could hide.
 
@@ -212,7 +197,7 @@ def shrunk_model(
     torch.manual_seed(seed)
     name = config.model_type
     try:
-        small = shrunk_config(config)
+        small = shrunk_config(config, every_layer)
         if small.get_text_config(decoder=True).vocab_size == VOCABULARY:
             small.get_text_config(decoder=True).vocab_size = vocabulary
         build = AutoModelForCausalLM.from_config if cls is None else cls._from_config

@@ -479,7 +479,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def recomputed(module: nn.Module, inner, x: Tensor) -> Tensor:
     """`inner(x)`, the forward of `module`, of which only `x` is kept for backward."""
-    names = list(module._parameters)
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
         own = dict(module._parameters)
@@ -588,10 +588,14 @@ class Block(Style):
         """The first tensor of what the module returned, back in the stream, whose `shape` is `[batch, seq, …]`."""
         if not isinstance(output, Tensor):
             first, *rest = output
-            return type(output)((self.exit(first, shape, mesh), *rest))
+            return type(output)((self.exit(first, shape, mesh), *(self.exit_beside(x, mesh) for x in rest)))
         if output.shape[:2] != shape[:2]:  # [batch * seq, …]
             output = output.view(*shape[:2], *output.shape[1:])
         return self.leave_region(output, mesh)
+
+    def exit_beside(self, x: Any, mesh: DeviceMesh) -> Any:
+        """What a module returns beside its output (a router's logits, attention weights)."""
+        return x
 
 
 class Gather(Block):
@@ -634,6 +638,13 @@ class Gather(Block):
                 )
                 output = inner(*args, **kwargs)
         return self.exit(output, entered, mesh) if entered else output
+
+    def exit_beside(self, x, mesh):
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            return x
+        x = OneShare.apply(x, mesh.size())
+        x._tpsp_shared = True
+        return x
 
 
 class Whole(Block):

@@ -144,7 +144,8 @@ def markdown(verdicts: Iterable[Verdict], tp_size: int) -> str:
         "run is made again in fp64, with a limit of 1e-6. No sequence parallel means tensor parallel with the stream on every "
         "rank; a block that is not split is computed whole by every rank.",
         "",
-        f"Of {len(verdicts)} model types, {len(equal)} are equal to one process, {len(full)} of them with sequence and loss parallel. "
+        f"Of {len(verdicts)} model types, {len(equal)} are equal to one process, {len(full)} of them with sequence and loss parallel; "
+        f"{sum(bool(v.error) for v in verdicts)} are not supported, and {len(verdicts) - len(equal) - sum(bool(v.error) for v in verdicts)} differ. "
         f"Of the {len(planned)} with a tensor-parallel plan in transformers, "
         f"{sum(v in equal for v in planned)} and {sum(v in full for v in planned)}.",
     ]
@@ -152,6 +153,7 @@ def markdown(verdicts: Iterable[Verdict], tp_size: int) -> str:
         part = [v for v in verdicts if v.has_plan == has_plan and not v.error]
         lines += ["", f"## {title}", "", f"| {' | '.join(HEADER)} |", f"| {' | '.join(['---'] * len(HEADER))} |"]
         lines += [f"| {' | '.join([f'`{name}`', *rest])} |" for name, *rest in map(cells, part)]
-    lines += ["", "## Refused", "", "| model type | why |", "| --- | --- |"]
+    lines += ["", "## Not supported", "", "Each ends in this error, at set-up or in the first forward.", ""]
+    lines += ["| model type | why |", "| --- | --- |"]
     lines += [f"| `{v.model_type}` | {v.error.replace('|', '/')} |" for v in verdicts if v.error]
     return "\n".join(lines) + "\n"

@@ -35,6 +35,17 @@ from .styles import Enter
 
 LIMITS = {"float32": 1e-5, "float64": 1e-6}
 """Largest relative error of loss and gradients. In fp64, transformers' own casts to fp32 are lifted (`KeepFp64`)."""
+COMPLETED: dict[str, dict[str, Any]] = {
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoe_swa": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+                       "indexer_compress_ratio": 4},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+}  # fmt: skip
+"""Model type → what transformers' default config leaves out, or has only one kind of layer of."""
 WEIGHTS_LIMIT = 1e-4
 STEPS = 2
 
@@ -136,6 +147,11 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
             for parameter in model.parameters():
                 parameter.zero_()
     parallelize(model, config)
+    for part in (reference, model):
+        part.train()
+        for module in part.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     mesh, plan = model._tpsp.mesh, model._tpsp.plan
     row = mesh["dp_replicate"].get_local_rank() * config.dp_shard_size + mesh["dp_shard"].get_local_rank()
     vocabulary = reference.get_input_embeddings().num_embeddings
@@ -143,26 +159,25 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
     labels = ids.clone()
     labels[:, : length // 4] = -100
     items = (labels[:, 1:] != -100).sum()
+    with torch.no_grad():  # a model that computes its loss itself takes the mean, whatever number it is given
+        sums = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
+        sums = not torch.equal(sums, reference(input_ids=ids, labels=labels, num_items_in_batch=2 * items).loss)
     out: dict[str, Any] = {"loss": 0.0, "gradient": 0.0, "weights": 0.0, "parameter": ""}
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-4) for m in (reference, model)]
-    for part in (reference, model):
-        part.train()
-        for module in part.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
     for step in range(STEPS):
         expected = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
         expected.backward()
         mine = {"input_ids": ids.chunk(config.dp_size)[row], "labels": labels.chunk(config.dp_size)[row]}
         loss = model(**mine, num_items_in_batch=items).loss
-        (loss * config.dp_size).backward()  # FSDP averages over data parallelism
+        (loss * config.dp_size if sums else loss).backward()  # FSDP averages over data parallelism
         total = loss.detach().clone()
         dist.all_reduce(total)
-        out["loss"] = larger(out["loss"], abs(total.item() / config.tp_size / expected.item() - 1))
+        total = total.item() / (config.tp_size if sums else config.world_size)
+        out["loss"] = larger(out["loss"], abs(total / expected.item() - 1))
         if step == 0:
             gradients = {name: p.grad for name, p in reference.named_parameters()}
-            total = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm().item()
-            rounding = 10 * torch.finfo(loss.dtype).eps * total
+            norm = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm().item()
+            rounding = 10 * torch.finfo(loss.dtype).eps * norm
             for name, parameter in model.named_parameters():
                 if gradients[name] is None:
                     assert parameter.grad is None or not full(parameter.grad).any(), f"{name} has a gradient"
@@ -221,7 +236,7 @@ def build(
 def read(source: str) -> tuple[PreTrainedConfig, type | None]:
     """Config and class of a model type of transformers, or of a folder, whose own code is trusted."""
     if source in CONFIG_MAPPING:
-        return CONFIG_MAPPING[source](), None
+        return CONFIG_MAPPING[source](**COMPLETED.get(source, {})), None
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     return config, get_class_from_dynamic_module(code, source) if code else None
