@@ -27,11 +27,20 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_tpsp import TPSPConfig
 
+aten = torch.ops.aten
 ITEM = 4  # bytes of an fp32 element, for the floors
+# Formulas of FLOPs by operation. torch 2.13 lacks the CPU's fused attention, on which a simulation runs.
+FLOPS_OF = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 # Kind of collective → bytes that one rank of t sends, as a multiple of (t - 1) / t times the whole tensor, by the ring
 # algorithm. An all-reduce is a reduce-scatter and an all-gather.
 RING_PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
@@ -61,22 +70,24 @@ class TensorBytes(TorchDispatchMode):
     and once for all its views. Those from before the mode (parameters, inputs) do not count; if one is resized, as FSDP2
     does to gather parameters and free them again, the change does. Not seen: scratch memory inside one operation.
 
-    Time is the number of changes so far: `now` is the current moment, `timeline()[moment]` the bytes live then.
+    Time is the number of changes so far: `now` is the current moment, `timeline()[moment]` the bytes live then. `label`,
+    set from outside, is noted with each storage that comes to life.
     """
 
     def __init__(self):
         super().__init__()
-        self._changes: list[tuple[int, int]] = []  # (key of the storage, bytes)
+        self.label: str | None = None
+        self.labels: list[str | None] = []  # of each storage, by key
+        self.changes: list[tuple[int, int]] = []  # (key of the storage, bytes)
         self._storages: dict[int, _Storage] = {}  # by address
-        self._created = 0
 
     @property
     def now(self) -> int:
-        return len(self._changes)
+        return len(self.changes)
 
     def timeline(self, without: Collection[int] = ()) -> list[int]:
         """Live bytes at each moment from 0 to `now`, not counting the storages with keys in `without`."""
-        return list(accumulate((0 if key in without else change for key, change in self._changes), initial=0))
+        return list(accumulate((0 if key in without else change for key, change in self.changes), initial=0))
 
     def key(self, tensor: Tensor) -> int | None:
         """What stands for the storage of plain `tensor` in `timeline(without=…)`; None if it is not counted."""
@@ -117,16 +128,16 @@ class TensorBytes(TorchDispatchMode):
         address = storage._cdata
         if address not in self._storages:
             reference = weakref.ref(storage, partial(self._freed, address))
-            self._storages[address] = _Storage(self._created, already, reference)
-            self._created += 1
+            self._storages[address] = _Storage(len(self.labels), already, reference)
+            self.labels.append(self.label)
         known = self._storages[address]
         if known.size != storage.nbytes():
-            self._changes.append((known.key, storage.nbytes() - known.size))
+            self.changes.append((known.key, storage.nbytes() - known.size))
             known.size = storage.nbytes()
 
     def _freed(self, address: int, reference: weakref.ref) -> None:
         storage = self._storages.pop(address)
-        self._changes.append((storage.key, -storage.size))
+        self.changes.append((storage.key, -storage.size))
 
 
 @dataclass
@@ -151,13 +162,32 @@ class Traffic:
         self.size += size
         self.wire += RING_PASSES[kind] * size * (ranks - 1) / ranks
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.count + other.count, self.size + other.size, self.wire + other.wire)
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return self + other * -1
+
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(self.count * times, self.size * times, self.wire * times)
+
 
 class CollectiveBytes(TorchDispatchMode):
-    """Number and bytes of the collectives of each kind, in `traffic`. Those of a group of one rank do not count."""
+    """Number and bytes of the collectives of each kind. Those of a group of one rank do not count.
+
+    `by_group` has them by `(name of the process group, kind)`, `traffic` by kind.
+    """
 
     def __init__(self):
         super().__init__()
-        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
+        self.by_group: defaultdict[tuple[str, str], Traffic] = defaultdict(Traffic)
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        total = defaultdict(Traffic)
+        for (_, kind), found in self.by_group.items():
+            total[kind] = total[kind] + found
+        return dict(total)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _has_wrappers(types):
@@ -166,9 +196,28 @@ class CollectiveBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         if (kind := _kind(func)) is not None:
             given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-            if (ranks := _group_size(given)) > 1:
+            if (group := _group(given)).size() > 1:
                 size = max(sum(t.nbytes for t in tensors_in(value)) for value in (*given.values(), result))
-                self.traffic[kind].add(kind, size, ranks)
+                self.by_group[group.group_name, kind].add(kind, size, group.size())
+        return result
+
+
+class Flops(TorchDispatchMode):
+    """Floating-point operations of matrix products and attention, in `total`, by torch's own table of formulas.
+
+    Causal attention counts in full, as it does there and in most published figures.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if _has_wrappers(types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if (formula := FLOPS_OF.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -179,12 +228,12 @@ def _kind(func: torch._ops.OpOverload) -> str | None:
     return next((kind for kind in RING_PASSES if name.startswith(kind.replace("-", ""))), None)
 
 
-def _group_size(arguments: dict) -> int:
-    """Ranks in the process group among a collective's arguments, by name: c10d has the group in a box of TorchScript's."""
+def _group(arguments: dict) -> dist.ProcessGroup:
+    """The process group among a collective's arguments, by name: c10d has the group in a box of TorchScript's."""
     if "process_group" in arguments:
-        return dist.ProcessGroup.unbox(arguments["process_group"]).size()
+        return dist.ProcessGroup.unbox(arguments["process_group"])
     group = arguments["group_name"]
-    return (_resolve_process_group(group) if isinstance(group, str) else group).size()
+    return _resolve_process_group(group) if isinstance(group, str) else group
 
 
 # ---- a step of a causal language model -------------------------------------------------------------------------------
@@ -273,7 +322,7 @@ def measure_step(model: PreTrainedModel, ids: Tensor) -> dict:
         "gradient_bytes": sum(grad.nbytes for grad in gradients),
         "saved_bytes_per_layer": live[moments.layers[middle + 1]] - live[moments.layers[middle]],
         "loss_peak_bytes": max(in_loss[moments.head : moments.head_done + 1]) - in_loss[moments.head],
-        "collectives": dict(sent.traffic),
+        "collectives": sent.traffic,
     }
 
 
