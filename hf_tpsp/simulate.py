@@ -31,7 +31,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -119,9 +121,19 @@ def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
 
+def _outside_modes(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def run(*args, **kwargs):
+        with _disable_current_modes():
+            return original(*args, **kwargs)
+
+    return run
+
+
 @contextmanager
-def _labelled(memory: TensorBytes) -> Iterator[None]:
-    """Label what FSDP2's collectives allocate "gathered". torch 2.13 has no public place for that."""
+def _told_apart(memory: TensorBytes) -> Iterator[None]:
+    """Label what FSDP2's collectives allocate "gathered", and keep from `memory` the tensors by which DTensor works out the
+    shape of a result when it meets a new operation. torch 2.13 has no public place for either."""
 
     def label(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -135,9 +147,11 @@ def _labelled(memory: TensorBytes) -> Iterator[None]:
         return labelled
 
     restore = replace(
-        (fsdp, "foreach_all_gather", label), (fsdp, "foreach_reduce", label),
+        (fsdp, "foreach_all_gather", label),
+        (fsdp, "foreach_reduce", label),
         (fsdp.FSDPParamGroup, "wait_for_unshard", label),
-    )  # fmt: skip
+        (ShardingPropagator, "_propagate_tensor_meta_non_cached", _outside_modes),
+    )
     try:
         yield
     finally:
@@ -182,7 +196,7 @@ def record_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[
         handles.append(layer.register_forward_hook(functools.partial(leave, index)))
     try:
         gc.collect()
-        with CollectiveBytes() as sent, Flops() as computed, TensorBytes() as memory, _labelled(memory):
+        with CollectiveBytes() as sent, Flops() as computed, TensorBytes() as memory, _told_apart(memory):
             model(**batch).loss.backward()
             time.sleep(settle)
             gradients = {memory.key(_local(p.grad)) for p in model.parameters() if p.grad is not None}
