@@ -175,12 +175,13 @@ class Traffic:
 class CollectiveBytes(TorchDispatchMode):
     """Number and bytes of the collectives of each kind. Those of a group of one rank do not count.
 
-    `by_group` has them by `(name of the process group, kind)`, `traffic` by kind.
+    `by_group` has them by `(ranks of the process group, kind)`, `traffic` by kind. Each counts `times` times.
     """
 
     def __init__(self):
         super().__init__()
-        self.by_group: defaultdict[tuple[str, str], Traffic] = defaultdict(Traffic)
+        self.times = 1
+        self.by_group: defaultdict[tuple[frozenset[int], str], Traffic] = defaultdict(Traffic)
 
     @property
     def traffic(self) -> dict[str, Traffic]:
@@ -198,18 +199,20 @@ class CollectiveBytes(TorchDispatchMode):
             given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
             if (group := _group(given)).size() > 1:
                 size = max(sum(t.nbytes for t in tensors_in(value)) for value in (*given.values(), result))
-                self.by_group[group.group_name, kind].add(kind, size, group.size())
+                ranks = frozenset(dist.get_process_group_ranks(group))
+                self.by_group[ranks, kind].add(kind, size * self.times, group.size(), self.times)
         return result
 
 
 class Flops(TorchDispatchMode):
     """Floating-point operations of matrix products and attention, in `total`, by torch's own table of formulas.
 
-    Causal attention counts in full, as it does there and in most published figures.
+    Causal attention counts in full, as it does there and in most published figures. Each counts `times` times.
     """
 
     def __init__(self):
         super().__init__()
+        self.times = 1
         self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -217,7 +220,7 @@ class Flops(TorchDispatchMode):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         if (formula := FLOPS_OF.get(func._overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            self.total += self.times * formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -364,9 +367,20 @@ def saved_activation_bytes(
     return tokens * elements * itemsize / ranks
 
 
-def collective_floor(config: PreTrainedConfig, tokens: int, choices: TPSPConfig) -> dict[str, Traffic]:
-    """The collectives that the plan of hf_tpsp needs in forward and backward, and no more."""
-    stream, layers, ranks = tokens * config.hidden_size * ITEM, config.num_hidden_layers, choices.tp_size
+def collective_floor(
+    config: PreTrainedConfig, tokens: int, choices: TPSPConfig, itemsize: int = ITEM, replicated: int | None = None
+) -> dict[str, Traffic]:
+    """The collectives over the TP ranks that the plan of hf_tpsp needs in forward and backward, and no more.
+
+    Args:
+        tokens: of one TP group.
+        itemsize: bytes of an element of the stream.
+        replicated: bytes of the gradients that are summed over the TP ranks; those of two norms in each layer, and the
+            last, if it is not given.
+    """
+    stream, layers, ranks = tokens * config.hidden_size * itemsize, config.num_hidden_layers, choices.tp_size
+    if replicated is None:
+        replicated = (2 * layers + 1) * config.hidden_size * ITEM
     floor = defaultdict(Traffic)
 
     def need(kind: str, count: int, size: int) -> None:
@@ -382,13 +396,36 @@ def collective_floor(config: PreTrainedConfig, tokens: int, choices: TPSPConfig)
     need("reduce-scatter", 1, stream)  # embedding
     need("all-gather", 1, stream)
     need("all-gather", 1, stream)  # head
-    need("reduce-scatter", 1, stream)
+    # The chunked loss adds the gradients of its hidden states up in fp32, and sends them so.
+    need("reduce-scatter", 1, stream // itemsize * ITEM if choices.loss == "chunked" else stream)
     if choices.loss == "chunked":  # the log-sum-exp of each rank and the label's logit
         need("all-gather", 1, 2 * tokens * ranks * ITEM)
     else:  # maximum, sum of exponentials, the label's logit
         need("all-reduce", 3, tokens * ITEM)
     need("all-gather", 1, 3 * 8 * ranks)  # the check that all ranks were fed the same batch
-    need("all-reduce", 1, (2 * layers + 1) * config.hidden_size * ITEM)  # gradients of all norms
+    need("all-reduce", 1, replicated)  # gradients of all norms
+    return dict(floor)
+
+
+def fsdp_floor(
+    units: list[int], choices: TPSPConfig, itemsize: int, gradient_itemsize: int
+) -> dict[tuple[str, str], Traffic]:
+    """The collectives that FSDP2 needs over `("dp_shard", kind)` and `("dp_replicate", kind)`, without padding.
+
+    Args:
+        units: elements of the parameters of each layer, and last of the root, on one TP rank.
+        itemsize: bytes of a gathered element.
+        gradient_itemsize: bytes of an element of a gradient that is reduced.
+    """
+    floor = defaultdict(Traffic)
+    *layers, last, root = units
+    gathered = layers + layers + [last, root] if choices.reshard_after_forward else units
+    if (ranks := choices.dp_shard_size) > 1:
+        floor["dp_shard", "all-gather"].add("all-gather", sum(gathered) * itemsize, ranks, len(gathered))
+        floor["dp_shard", "reduce-scatter"].add("reduce-scatter", sum(units) * gradient_itemsize, ranks, len(units))
+    if choices.dp_replicate_size > 1:
+        size = sum(units) * gradient_itemsize // choices.dp_shard_size
+        floor["dp_replicate", "all-reduce"].add("all-reduce", size, choices.dp_replicate_size, len(units))
     return dict(floor)
 
 

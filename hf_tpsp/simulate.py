@@ -13,13 +13,14 @@ what is live around them adds up: the peak is looked for afterwards, in the step
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -43,9 +44,9 @@ from transformers import (
 )
 
 from .chunked import ChunkedHead
-from .compat import replace
+from .compat import replace, unsharded_numels
 from .config import TPSPConfig
-from .measure import CollectiveBytes, Flops, TensorBytes, Traffic
+from .measure import CollectiveBytes, Flops, TensorBytes, Traffic, collective_floor, fsdp_floor
 from .parallelize import MESH_DIMS, parallelize, parallelized_model
 from .plan import decoder_layers
 from .trainer import keep_fp32_masters
@@ -72,11 +73,13 @@ class Segment:
         name: where in the step, as one says it: "forward of layer 3".
         change: live bytes at its end.
         rise: live bytes at the moment when they are most.
+        most: of each category, live bytes at the moment when it is most.
     """
 
     name: str
     change: Bytes
     rise: Bytes
+    most: Bytes
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Step:
         traffic: collectives by `(mesh dim, kind)`.
         flops: of matrix products and attention on this rank.
         layers: number of decoder layers.
+        floor: the least traffic that theory allows; empty where there is no formula.
     """
 
     start: Bytes
@@ -96,12 +100,19 @@ class Step:
     traffic: dict[tuple[str, str], Traffic]
     flops: int
     layers: int
+    floor: dict[tuple[str, str], Traffic] = field(default_factory=dict)
+
+    def _levels(self) -> Iterator[tuple[Segment, Bytes]]:
+        """Each segment, with what is live at its start."""
+        return zip(self.segments, accumulate((s.change for s in self.segments[:-1]), initial=self.start), strict=True)
 
     def peak(self) -> tuple[str, Bytes]:
         """Where in the step most bytes are live, and these."""
-        levels = accumulate((s.change for s in self.segments[:-1]), initial=self.start)
-        peaks = [(s.name, level + s.rise) for s, level in zip(self.segments, levels, strict=True)]
-        return max(peaks, key=lambda peak: peak[1].sum())
+        return max(((s.name, level + s.rise) for s, level in self._levels()), key=lambda peak: peak[1].sum())
+
+    def most(self) -> Bytes:
+        """Of each category, its own most: not all at the same moment."""
+        return np.max([level + s.most for s, level in self._levels()], axis=0)
 
 
 # ---- recording -------------------------------------------------------------------------------------------------------
@@ -158,6 +169,30 @@ def _told_apart(memory: TensorBytes) -> Iterator[None]:
         restore()
 
 
+@contextmanager
+def _alike_chunks_once(*counters: CollectiveBytes | Flops) -> Iterator[None]:
+    """On fake tensors, run the first, the second and the last chunk of the loss, and count the second for all between."""
+
+    def abridge(original: Callable) -> Callable:
+        def chunks(self: ChunkedHead, hidden: Tensor) -> Iterator[slice]:
+            every = list(original(self, hidden))
+            shown = every if len(every) < 4 or not isinstance(hidden, FakeTensor) else [*every[:2], every[-1]]
+            for index, chunk in enumerate(shown):
+                for counter in counters:
+                    counter.times = len(every) - 2 if index == 1 and shown is not every else 1
+                yield chunk
+            for counter in counters:
+                counter.times = 1
+
+        return chunks
+
+    restore = replace((ChunkedHead, "chunks", abridge))
+    try:
+        yield
+    finally:
+        restore()
+
+
 def record_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], settle: float = 0) -> Step:
     """One step of `model`, which `parallelize` has sharded and `optimizer` has stepped before.
 
@@ -196,7 +231,8 @@ def record_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[
         handles.append(layer.register_forward_hook(functools.partial(leave, index)))
     try:
         gc.collect()
-        with CollectiveBytes() as sent, Flops() as computed, TensorBytes() as memory, _told_apart(memory):
+        sent, computed, memory = CollectiveBytes(), Flops(), TensorBytes()
+        with sent, computed, memory, _told_apart(memory), _alike_chunks_once(sent, computed):
             model(**batch).loss.backward()
             time.sleep(settle)
             gradients = {memory.key(_local(p.grad)) for p in model.parameters() if p.grad is not None}
@@ -213,7 +249,7 @@ def record_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[
         marks.insert(-1, marks[-1])
     segments = _segments(memory, names, [*marks, end], gradients, len(layers))
     mesh = inner._tpsp.mesh
-    dims = {mesh[dim].get_group().group_name: dim for dim in MESH_DIMS}
+    dims = {frozenset(dist.get_process_group_ranks(mesh[dim].get_group())): dim for dim in MESH_DIMS}
     traffic = {(dims[group], kind): found for (group, kind), found in sent.by_group.items()}
     return Step(start, segments, traffic, computed.total, len(layers))
 
@@ -252,7 +288,7 @@ def _segments(
             key, size = memory.changes[moment]
             levels[moment - begin + 1, categories[key]] = size
         levels = levels.cumsum(0)
-        segments.append(Segment(name, levels[-1], levels[levels.sum(1).argmax()]))
+        segments.append(Segment(name, levels[-1], levels[levels.sum(1).argmax()], levels.max(0)))
     return segments
 
 
@@ -267,7 +303,7 @@ def deepen(shallow: Step, deep: Step, layers: int) -> Step:
         return b + (b - a) * times
 
     def outside(name: str, a: Segment, b: Segment) -> Segment:
-        return Segment(name, outward(a.change, b.change), outward(a.rise, b.rise))
+        return Segment(name, outward(a.change, b.change), outward(a.rise, b.rise), outward(a.most, b.most))
 
     n, middle = deep.layers, deep.layers - pattern - 1  # the last layer is another: its weights stay gathered
     forward, backward = deep.segments[1 : n + 1], deep.segments[n + 2 : 2 * n + 2][::-1]
@@ -276,10 +312,7 @@ def deepen(shallow: Step, deep: Step, layers: int) -> Step:
         """Layer 0 first."""
         start = middle - pattern
         order = [*range(middle), *(start + i % pattern for i in range(times * pattern)), *range(middle, n)]
-        return [
-            Segment(f"{name} of layer {at}", segments[index].change, segments[index].rise)
-            for at, index in enumerate(order)
-        ]
+        return [dataclasses.replace(segments[index], name=f"{name} of layer {at}") for at, index in enumerate(order)]
 
     first, loss, rest, last = (
         outside(b.name, a, b)
@@ -291,9 +324,12 @@ def deepen(shallow: Step, deep: Step, layers: int) -> Step:
         )
     )
     segments = [first, *repeated(forward, "forward"), loss, *repeated(backward, "backward")[::-1], rest, last]
-    traffic = {key: outward(shallow.traffic.get(key, Traffic()), found) for key, found in deep.traffic.items()}
+    traffic, floor = (
+        {key: outward(before.get(key, Traffic()), found) for key, found in after.items()}
+        for before, after in ((shallow.traffic, deep.traffic), (shallow.floor, deep.floor))
+    )
     return Step(
-        outward(shallow.start, deep.start), segments, traffic, outward(shallow.flops, deep.flops), layers
+        outward(shallow.start, deep.start), segments, traffic, outward(shallow.flops, deep.flops), layers, floor
     )
 
 
@@ -415,7 +451,24 @@ def simulate_step(config: PreTrainedConfig, choices: TPSPConfig, job: Job) -> St
         optimizer.step()
         optimizer.zero_grad()
         ids = torch.zeros(job.batch, job.seq, dtype=torch.long)
-        return record_step(model, optimizer, {"input_ids": ids, "labels": ids.clone()})
+        step = record_step(model, optimizer, {"input_ids": ids, "labels": ids.clone()})
+    return dataclasses.replace(step, floor=_floor(model, choices, job))
+
+
+def _floor(model: nn.Module, choices: TPSPConfig, job: Job) -> dict[tuple[str, str], Traffic]:
+    if job.lora or not choices.sequence_parallel:
+        return {}
+    master = next(model.parameters()).dtype.itemsize
+    computed = 2 if choices.mixed_precision == "bf16" else master
+    sums = model._tpsp.gradients.summed()
+    replicated = sum(_local(p).numel() for p in sums) * master
+    tp = collective_floor(model.config, job.batch * job.seq, choices, computed, replicated)
+    if choices.tp_size == 1:
+        tp = {}
+    _, layers = decoder_layers(model)
+    units = [sum(unsharded_numels(layer)) for layer in layers]
+    units.append(sum(unsharded_numels(model)) - sum(units))
+    return {("tp", kind): found for kind, found in tp.items()} | fsdp_floor(units, choices, computed, max(master, computed))
 
 
 # ---- the pattern of the layers ---------------------------------------------------------------------------------------
@@ -454,8 +507,8 @@ def depths(kinds: list) -> tuple[int, int] | None:
         first = next(  # from here on the pattern repeats
             i for i in range(whole) if all(a == b for a, b in zip(kinds[i:], kinds[i + pattern :], strict=False))
         )
-        # Three patterns and a layer beyond what is irregular: first, repeated and last ones, each with neighbours.
-        least = first + 2 * pattern + 2
+        # Beyond what is irregular: a first layer, a pattern to repeat, its successor and the last layer, less one pattern.
+        least = first + pattern + 2
         shallow = least + (whole - least) % pattern
         if shallow + 2 * pattern <= whole:
             return shallow, shallow + pattern
