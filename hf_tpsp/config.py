@@ -19,7 +19,7 @@ def environment_flag(name: str, default: str = "false") -> bool:
     return os.environ.get(name, default).lower() in ("1", "true", "yes")
 
 
-def _divisors(*numbers: int) -> list[int]:
+def divisors(*numbers: int) -> list[int]:
     """The sizes that divide every one of `numbers`."""
     return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
 
@@ -173,7 +173,7 @@ class TPSPConfig:
             fit = replace(self, dp_shard_size=world_size // inner)
             message += f"With {world_size} ranks, dp_shard_size={fit.dp_shard_size} and tp_size={fit.tp_size} fit"
         else:
-            message += f"With {world_size} ranks, tp_size can be one of {_divisors(world_size)}"
+            message += f"With {world_size} ranks, tp_size can be one of {divisors(world_size)}"
         raise ValueError(f"{message}; or start {self.world_size} ranks (`num_processes` in the preset).")
 
     def check_model(self, model_config: PreTrainedConfig) -> None:
@@ -188,7 +188,7 @@ class TPSPConfig:
             named = " and ".join(f"{name}={size}" for name, size in heads.items())
             raise ValueError(
                 f"tp_size={self.tp_size} does not divide the attention heads of {model_config.model_type} ({named}). "
-                f"tp_size can be one of {_divisors(*heads.values())}; put the remaining ranks into dp_shard_size."
+                f"tp_size can be one of {divisors(*heads.values())}; put the remaining ranks into dp_shard_size."
             )
         for name in ("vocab_size", "intermediate_size"):
             size = getattr(text, name, None)

@@ -346,10 +346,11 @@ def fused_attention(module, query, key, value, attention_mask, scaling=None, **k
 AttentionInterface.register("fused", fused_attention)
 AttentionMaskInterface.register("fused", lambda *args, **kwargs: None)
 
+# Not SGD's fused form, which in torch 2.13 runs on real tensors of the global shapes when DTensors are fake.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),  # the Trainer's default
-    "sgd": functools.partial(torch.optim.SGD, fused=True),
-    "sgd_momentum": functools.partial(torch.optim.SGD, momentum=0.9, fused=True),
+    "sgd": functools.partial(torch.optim.SGD, foreach=False),
+    "sgd_momentum": functools.partial(torch.optim.SGD, momentum=0.9, foreach=False),
 }
 DTYPES = ("bf16", "fp32", "pure_bf16")
 
