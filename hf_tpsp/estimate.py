@@ -331,8 +331,7 @@ def estimate(
         found: dict[TPSPConfig, MeshEstimate] = {}
         skipped = []
         for mesh in meshes:  # of one tp, the most sharded first
-            smaller = [m for m, e in found.items() if m.tp_size == mesh.tp_size and not e.fits]
-            if smaller:
+            if any(_at_least(mesh, m, e) > e.headroom for m, e in found.items() if m.tp_size == mesh.tp_size):
                 skipped.append(f"{mesh.dp_replicate_size} x {mesh.dp_shard_size} x {mesh.tp_size}")
             else:
                 found[mesh] = run(mesh, job)
@@ -348,8 +347,9 @@ def estimate(
                 return run(best, dataclasses.replace(job, seq=seq, batch=batch), ", how far it goes").headroom
 
             granule = max(128, best.tp_size)
-            longest = _largest(lambda n: fits(seq=n), job.seq, found[best].headroom, granule)
-            largest = _largest(lambda n: fits(batch=n), job.batch, found[best].headroom, 1)
+            here = found[best].headroom
+            longest = _largest(lambda n: fits(seq=n), seq, here, seq * 2 if here > 0 else seq // 2, granule)
+            largest = _largest(lambda n: fits(batch=n), batch, here, longest * batch // seq, 1)
     hosts = max(1, gpus // hardware.per_host)
     return Estimate(
         name, parameters, gpus, job, hardware, choices, tuple(found[m] for m in ranked), tuple(skipped), checkpointing,
@@ -357,11 +357,22 @@ def estimate(
     )  # fmt: skip
 
 
-def _largest(headroom: Callable[[int], int], first: int, at_first: int, granule: int) -> int:
-    """The largest multiple of `granule` with a headroom, which falls about linearly; 0 if there is none. The answer, if
-    it is not `first`, has been simulated."""
+def _at_least(mesh: TPSPConfig, other: TPSPConfig, estimated: MeshEstimate) -> int:
+    """By how many bytes at least the peak on `mesh` is higher than on `other`, which shards the state over more ranks."""
+    state = estimated.at_peak["parameters"] + estimated.at_peak["optimizer"]
+    return state * (other.dp_shard_size - mesh.dp_shard_size) // mesh.dp_shard_size
+
+
+def _largest(headroom: Callable[[int], int], first: int, at_first: int, guess: int, granule: int) -> int:
+    """The largest multiple of `granule` with a headroom, which falls about linearly; 0 if there is none.
+
+    Args:
+        headroom: simulates, so every answer but `first` has been simulated.
+        first: where the headroom is known to be `at_first`.
+        guess: where to look next.
+    """
     known = {first: at_first}
-    guess = max(granule, first * 2 if at_first > 0 else first // 2) // granule * granule
+    guess = guess // granule * granule
     for _ in range(SEARCH_STEPS):
         fits, fails = max((n for n in known if known[n] >= 0), default=0), min((n for n in known if known[n] < 0), default=None)
         if guess in known or guess < granule or guess <= fits or (fails is not None and guess >= fails):

@@ -230,7 +230,7 @@ def record_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[
         handles.append(layer.register_forward_pre_hook(functools.partial(enter, index), with_kwargs=True))
         handles.append(layer.register_forward_hook(functools.partial(leave, index)))
     try:
-        gc.collect()
+        gc.disable()  # so that what happens in a step does not depend on how much garbage there was before
         sent, computed, memory = CollectiveBytes(), Flops(), TensorBytes()
         with sent, computed, memory, _told_apart(memory), _alike_chunks_once(sent, computed):
             model(**batch).loss.backward()
@@ -242,6 +242,7 @@ def record_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[
             time.sleep(settle)
             end = memory.now
     finally:
+        gc.enable()
         for handle in handles:
             handle.remove()
     if "embedding's backward and replicated gradients" not in names:  # frozen: no gradient arrives there
@@ -305,7 +306,7 @@ def deepen(shallow: Step, deep: Step, layers: int) -> Step:
     def outside(name: str, a: Segment, b: Segment) -> Segment:
         return Segment(name, outward(a.change, b.change), outward(a.rise, b.rise), outward(a.most, b.most))
 
-    n, middle = deep.layers, deep.layers - pattern - 1  # the last layer is another: its weights stay gathered
+    n, middle = deep.layers, deep.layers - 1  # the last layer is another: its weights stay gathered
     forward, backward = deep.segments[1 : n + 1], deep.segments[n + 2 : 2 * n + 2][::-1]
 
     def repeated(segments: list[Segment], name: str) -> list[Segment]:
@@ -508,8 +509,7 @@ def depths(kinds: list) -> tuple[int, int] | None:
         first = next(  # from here on the pattern repeats
             i for i in range(whole) if all(a == b for a, b in zip(kinds[i:], kinds[i + pattern :], strict=False))
         )
-        # Beyond what is irregular: a first layer, a pattern to repeat, its successor and the last layer, less one pattern.
-        least = first + pattern + 2
+        least = first + 3  # the first two layers and the last are unlike others in what FSDP2 has fetched ahead
         shallow = least + (whole - least) % pattern
         if shallow + 2 * pattern <= whole:
             return shallow, shallow + pattern
