@@ -32,7 +32,7 @@ SEARCH_STEPS = 6  # simulations in search of the longest sequence or the largest
 
 
 def parse_bytes(text: str | int) -> int:
-    """"80GiB", "80 GB" → bytes; a whole number is taken as bytes. Raises `ValueError` for a number without its unit."""
+    """ "80GiB", "80 GB" → bytes; a whole number is taken as bytes. Raises `ValueError` for a number without its unit."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
@@ -86,7 +86,9 @@ class Hardware:
         Rings that leave a host use the links of all the ranks that the group has there.
         """
         stride = {"tp": 1, "dp_shard": choices.tp_size, "dp_replicate": choices.tp_size * choices.dp_shard_size}[dim]
-        size = {"tp": choices.tp_size, "dp_shard": choices.dp_shard_size, "dp_replicate": choices.dp_replicate_size}[dim]
+        size = {"tp": choices.tp_size, "dp_shard": choices.dp_shard_size, "dp_replicate": choices.dp_replicate_size}[
+            dim
+        ]
         if stride * size <= self.per_host:
             return False, self.link_inside
         members = max(1, self.per_host // stride)
@@ -232,7 +234,13 @@ def model_config(model: str | Path | PreTrainedConfig) -> tuple[str, PreTrainedC
 
 
 def legal_meshes(
-    config: PreTrainedConfig, gpus: int, per_host: int, dp: int | None, tp: int | None, dp_replicate: int | None, **choices
+    config: PreTrainedConfig,
+    gpus: int,
+    per_host: int,
+    dp: int | None,
+    tp: int | None,
+    dp_replicate: int | None,
+    **choices,
 ) -> Iterator[TPSPConfig]:
     """The meshes on `gpus` ranks: TP inside a host, and HSDP replicas of whole hosts.
 
@@ -324,7 +332,9 @@ def estimate(
 
     def run(mesh: TPSPConfig, job: Job, why: str = "") -> MeshEstimate:
         if progress:
-            progress(f"{mesh.dp_replicate_size} x {mesh.dp_shard_size} x {mesh.tp_size}, {job.batch} x {job.seq} tokens{why}")
+            progress(
+                f"{mesh.dp_replicate_size} x {mesh.dp_shard_size} x {mesh.tp_size}, {job.batch} x {job.seq} tokens{why}"
+            )
         return _judge(simulate(config, mesh, job, kinds), mesh, job, hardware)
 
     with _quiet(), simulated_world(gpus, backend):
@@ -335,7 +345,9 @@ def estimate(
                 skipped.append(f"{mesh.dp_replicate_size} x {mesh.dp_shard_size} x {mesh.tp_size}")
             else:
                 found[mesh] = run(mesh, job)
-        ranked = sorted(found, key=lambda m: (not found[m].fits, -found[m].tokens_per_second if found[m].fits else found[m].peak))
+        ranked = sorted(
+            found, key=lambda m: (not found[m].fits, -found[m].tokens_per_second if found[m].fits else found[m].peak)
+        )
         best = ranked[0]
         checkpointing, longest, largest = {}, None, None
         if answers:
@@ -374,7 +386,10 @@ def _largest(headroom: Callable[[int], int], first: int, at_first: int, guess: i
     known = {first: at_first}
     guess = guess // granule * granule
     for _ in range(SEARCH_STEPS):
-        fits, fails = max((n for n in known if known[n] >= 0), default=0), min((n for n in known if known[n] < 0), default=None)
+        fits, fails = (
+            max((n for n in known if known[n] >= 0), default=0),
+            min((n for n in known if known[n] < 0), default=None),
+        )
         if guess in known or guess < granule or guess <= fits or (fails is not None and guess >= fails):
             break
         known[guess] = headroom(guess)

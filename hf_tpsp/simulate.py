@@ -193,7 +193,9 @@ def _alike_chunks_once(*counters: CollectiveBytes | Flops) -> Iterator[None]:
         restore()
 
 
-def record_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], settle: float = 0) -> Step:
+def record_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], settle: float = 0
+) -> Step:
     """One step of `model`, which `parallelize` has sharded and `optimizer` has stepped before.
 
     Args:
@@ -425,7 +427,9 @@ def build_on_meta(config: PreTrainedConfig, job: Job) -> PreTrainedModel:
                 config, dtype=torch.bfloat16 if low else torch.float32, attn_implementation=job.attention
             )
     except ValueError as error:
-        raise ValueError(f"{config.model_type} is not a causal language model that transformers can build: {error}") from error
+        raise ValueError(
+            f"{config.model_type} is not a causal language model that transformers can build: {error}"
+        ) from error
     return model.train()
 
 
@@ -470,7 +474,9 @@ def _floor(model: nn.Module, choices: TPSPConfig, job: Job) -> dict[tuple[str, s
     _, layers = decoder_layers(model)
     units = [sum(unsharded_numels(layer)) for layer in layers]
     units.append(sum(unsharded_numels(model)) - sum(units))
-    return {("tp", kind): found for kind, found in tp.items()} | fsdp_floor(units, choices, computed, max(master, computed))
+    return {("tp", kind): found for kind, found in tp.items()} | fsdp_floor(
+        units, choices, computed, max(master, computed)
+    )
 
 
 # ---- the pattern of the layers ---------------------------------------------------------------------------------------
