@@ -247,6 +247,8 @@ def legal_meshes(
     Raises:
         ValueError: there is none.
     """
+    if gpus < 1:
+        raise ValueError(f"gpus must be at least 1, got {gpus}.")
     if gpus > per_host and gpus % per_host:
         raise ValueError(f"{gpus} GPUs do not fill hosts of {per_host}; --per-host can be one of {divisors(gpus)}.")
     per_host = min(per_host, gpus)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
@@ -44,6 +45,7 @@ from transformers import (
 )
 
 from .chunked import ChunkedHead
+from .collectives import stream_spec
 from .compat import replace, unsharded_numels
 from .config import TPSPConfig
 from .measure import CollectiveBytes, Flops, TensorBytes, Traffic, collective_floor, fsdp_floor
@@ -356,6 +358,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd_momentum": functools.partial(torch.optim.SGD, momentum=0.9, foreach=False),
 }
 DTYPES = ("bf16", "fp32", "pure_bf16")
+ATTENTION = ("fused", "eager")
 
 
 @dataclass(frozen=True)
@@ -369,7 +372,7 @@ class Job:
         optim: a key of `OPTIMIZERS`.
         lora: rank of LoRA adapters on every linear layer of the decoder layers, over a frozen base in the dtype that is
             computed in; None to train all weights.
-        attention: "fused", without scores; or another of transformers' implementations, such as "eager".
+        attention: "fused", without scores; or "eager", transformers' own, which keeps them.
     """
 
     seq: int
@@ -384,7 +387,7 @@ class Job:
             value = getattr(self, name)
             if not (value is None and name == "lora") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        for name, allowed in (("dtype", DTYPES), ("optim", tuple(OPTIMIZERS))):
+        for name, allowed in (("dtype", DTYPES), ("optim", tuple(OPTIMIZERS)), ("attention", ATTENTION)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
@@ -408,6 +411,8 @@ def simulated_world(size: int, backend: str = "nccl") -> Iterator[None]:
     finally:
         restore()
         dist.destroy_process_group()
+        stream_spec.cache_clear()  # both know meshes by their shape, and would hand out those whose groups are gone
+        _clear_sharding_prop_cache()
         PartialState._shared_state.clear()
         PartialState._shared_state.update(state)
         if variable is None:
