@@ -386,19 +386,17 @@ def _largest(headroom: Callable[[int], int], first: int, at_first: int, guess: i
         guess: where to look next.
     """
     known = {first: at_first}
-    guess = guess // granule * granule
     for _ in range(SEARCH_STEPS):
-        fits, fails = (
-            max((n for n in known if known[n] >= 0), default=0),
-            min((n for n in known if known[n] < 0), default=None),
-        )
-        if guess in known or guess < granule or guess <= fits or (fails is not None and guess >= fails):
+        fits = max((n for n in known if known[n] >= 0), default=0)
+        fails = min((n for n in known if known[n] < 0), default=None)
+        if fails is not None and fails - fits <= granule:
             break
+        guess = max(guess // granule * granule, fits // granule * granule + granule)
+        if fails is not None and guess >= fails:
+            guess = (fails - 1) // granule * granule
         known[guess] = headroom(guess)
         (a, x), (b, y) = sorted(known.items(), key=lambda item: abs(item[1]))[:2]  # the two nearest to none at all
-        if x == y:
-            break
-        guess = int(a + x * (b - a) / (x - y)) // granule * granule
+        guess = int(a + x * (b - a) / (x - y)) if x != y else 2 * guess
     return max((n for n in known if known[n] >= 0), default=0)
 
 
