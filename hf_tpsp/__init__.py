@@ -6,4 +6,19 @@ from .parallelize import parallelize
 from .plan import plan_for
 from .trainer import TPSPCallback, enable
 
-__all__ = ["TPSPCallback", "TPSPConfig", "enable", "parallelize", "plan_for", "vocab_parallel_cross_entropy"]
+__all__ = [
+    "TPSPCallback",
+    "TPSPConfig",
+    "enable",
+    "estimate",
+    "parallelize",
+    "plan_for",
+    "vocab_parallel_cross_entropy",
+]
+
+
+def estimate(model, **settings):
+    """Memory, communication and time of a step on each legal mesh, with no GPU: see `hf_tpsp.estimation.estimate`."""
+    from .estimation import estimate
+
+    return estimate(model, **settings)

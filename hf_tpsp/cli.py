@@ -140,7 +140,7 @@ def run_plan(args: argparse.Namespace) -> None:
 def run_estimate(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from .estimate import Hardware, estimate, parse_bytes
+    from .estimation import Hardware, estimate, parse_bytes
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     sizes = {

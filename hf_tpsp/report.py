@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .estimate import GIB, Estimate, MeshEstimate
+from .estimation import GIB, Estimate, MeshEstimate
 from .simulate import CATEGORIES
 
 COLORS = ("#4c72b0", "#55a868", "#c44e52", "#8172b3", "#ccb974", "#64b5cd", "#999999")  # of CATEGORIES

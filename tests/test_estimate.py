@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from hf_tpsp import TPSPConfig, chunked, simulate
 from hf_tpsp.cli import main
-from hf_tpsp.estimate import GIB, MODELS, Hardware, _largest, estimate, legal_meshes, parse_bytes
+from hf_tpsp.estimation import GIB, MODELS, Hardware, _largest, estimate, legal_meshes, parse_bytes
 from hf_tpsp.simulate import Job, depths, simulate_step, simulated_world
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
