@@ -164,7 +164,7 @@ def plot(estimate: Estimate, path: Path) -> None:
         xlim=(0, right), xlabel="GiB of one GPU at the step's peak", ylabel="replicate x FSDP x TP",
         title=f"{estimate.model}, {estimate.job.batch} x {estimate.job.seq:,} tokens, {estimate.gpus} GPUs",
     )  # fmt: skip
-    axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.5 / (1 + len(meshes))), frameon=False)
+    figure.legend(ncols=5, loc="outside lower center", frameon=False)
     try:
         figure.savefig(path, dpi=130)
     except (ValueError, OSError) as error:
