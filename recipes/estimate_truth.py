@@ -125,12 +125,12 @@ def compare(predicted: Step, recorded: Step, heap: int) -> dict[str, object]:
     }
 
 
-def cases(world: int) -> list[tuple]:
+def cases(world: int, models: list[str], tp_sizes: list[int]) -> list[tuple]:
     """`(what it is, config, choices, job)`"""
     found = []
-    meshes = [(world // tp, tp) for tp in (1, 2) if world // tp <= 2]
+    meshes = [(world // tp, tp) for tp in tp_sizes if world // tp <= 2]
     for (dp, tp), kind, seq, loss, kept in itertools.product(
-        meshes, ATTENTION, LENGTHS, ("chunked", "loss_parallel"), ("none", "selective", "full")
+        meshes, models, LENGTHS, ("chunked", "loss_parallel"), ("none", "selective", "full")
     ):
         choices = TPSPConfig(tp_size=tp, dp_shard_size=dp, loss=loss, activation_checkpointing=kept)
         job = Job(seq=seq, dtype="fp32", attention=ATTENTION[kind])
@@ -142,10 +142,12 @@ def cases(world: int) -> list[tuple]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="file to append the table to, in markdown")
+    parser.add_argument("--models", nargs="+", choices=ATTENTION, default=list(ATTENTION))
+    parser.add_argument("--tp", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="sizes to try")
     args = parser.parse_args()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    todo = cases(world)
+    todo = cases(world, args.models, args.tp)
     predicted = []
     if rank == 0:
         with simulated_world(world, "gloo"):
