@@ -146,7 +146,8 @@ def _outside_modes(original: Callable) -> Callable:
 @contextmanager
 def _told_apart(memory: TensorBytes) -> Iterator[None]:
     """Label what FSDP2's collectives allocate "gathered", and keep from `memory` the tensors by which DTensor works out the
-    shape of a result when it meets a new operation. torch 2.13 has no public place for either."""
+    shape of a result when it meets a new operation. torch 2.13 (fsdp/_fully_shard/_fsdp_param_group.py,
+    tensor/_sharding_prop.py) has no public place for either: delete when it has, or marks such tensors."""
 
     def label(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -351,7 +352,8 @@ def fused_attention(module, query, key, value, attention_mask, scaling=None, **k
 AttentionInterface.register("fused", fused_attention)
 AttentionMaskInterface.register("fused", lambda *args, **kwargs: None)
 
-# Not SGD's fused form, which in torch 2.13 runs on real tensors of the global shapes when DTensors are fake.
+# Not SGD's fused form: torch 2.13 (optim/sgd.py, `_fused_sgd`) runs it on real tensors of the global shapes when DTensors
+# are fake. Use it when it has a meta kernel.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),  # the Trainer's default
     "sgd": functools.partial(torch.optim.SGD, foreach=False),
@@ -412,7 +414,7 @@ def simulated_world(size: int, backend: str = "nccl") -> Iterator[None]:
         restore()
         dist.destroy_process_group()
         stream_spec.cache_clear()  # both know meshes by their shape, and would hand out those whose groups are gone
-        _clear_sharding_prop_cache()
+        _clear_sharding_prop_cache()  # delete when torch compares meshes by their groups too (2.13 does not)
         PartialState._shared_state.clear()
         PartialState._shared_state.update(state)
         if variable is None:
