@@ -44,6 +44,11 @@ def fsdp_parameters(module: nn.Module) -> Iterator:
                     yield from group.fsdp_params
 
 
+def unsharded_numels(module: nn.Module) -> list[int]:
+    """Elements of each parameter in `module` that FSDP2 manages, gathered: of this rank's TP shard."""
+    return [record._orig_size.numel() for record in fsdp_parameters(module)]
+
+
 def index_sharded_parameters(model: nn.Module) -> None:
     """Note on each module where FSDP2 keeps the sharded form of its parameters, for `sharded_parameter`."""
     for record in fsdp_parameters(model):

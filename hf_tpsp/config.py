@@ -28,7 +28,7 @@ def environment_flag(name: str, default: str = "false") -> bool:
     return os.environ.get(name, default).lower() in ("1", "true", "yes")
 
 
-def _divisors(*numbers: int) -> list[int]:
+def divisors(*numbers: int) -> list[int]:
     """The sizes that divide every one of `numbers`."""
     return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
 
@@ -182,7 +182,7 @@ class TPSPConfig:
             fit = replace(self, dp_shard_size=world_size // inner)
             message += f"With {world_size} ranks, dp_shard_size={fit.dp_shard_size} and tp_size={fit.tp_size} fit"
         else:
-            message += f"With {world_size} ranks, tp_size can be one of {_divisors(world_size)}"
+            message += f"With {world_size} ranks, tp_size can be one of {divisors(world_size)}"
         raise ValueError(f"{message}; or start {self.world_size} ranks (`num_processes` in the preset).")
 
     def check_model(self, model_config: PreTrainedConfig) -> None:
@@ -192,7 +192,7 @@ class TPSPConfig:
         # Fewer kv heads than ranks are shared by several, each of which has one.
         if heads and (heads % self.tp_size or (kv_heads and kv_heads % self.tp_size and self.tp_size % kv_heads)):
             kv_heads = kv_heads or heads
-            sizes = [n for n in _divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
+            sizes = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
             raise ValueError(
                 f"tp_size={self.tp_size} does not divide the attention heads of {model_config.model_type} "
                 f"(num_attention_heads={heads} and num_key_value_heads={kv_heads}). tp_size can be one of {sizes}; put the "

@@ -27,11 +27,20 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_tpsp import TPSPConfig
 
+aten = torch.ops.aten
 ITEM = 4  # bytes of an fp32 element, for the floors
+# Formulas of FLOPs by operation. torch 2.13 lacks the CPU's fused attention, on which a simulation runs.
+FLOPS_OF = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 # Kind of collective → bytes that one rank of t sends, as a multiple of (t - 1) / t times the whole tensor, by the ring
 # algorithm. An all-reduce is a reduce-scatter and an all-gather.
 RING_PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
@@ -61,22 +70,24 @@ class TensorBytes(TorchDispatchMode):
     and once for all its views. Those from before the mode (parameters, inputs) do not count; if one is resized, as FSDP2
     does to gather parameters and free them again, the change does. Not seen: scratch memory inside one operation.
 
-    Time is the number of changes so far: `now` is the current moment, `timeline()[moment]` the bytes live then.
+    Time is the number of changes so far: `now` is the current moment, `timeline()[moment]` the bytes live then. `label`,
+    set from outside, is noted with each storage that comes to life.
     """
 
     def __init__(self):
         super().__init__()
-        self._changes: list[tuple[int, int]] = []  # (key of the storage, bytes)
+        self.label: str | None = None
+        self.labels: list[str | None] = []  # of each storage, by key
+        self.changes: list[tuple[int, int]] = []  # (key of the storage, bytes)
         self._storages: dict[int, _Storage] = {}  # by address
-        self._created = 0
 
     @property
     def now(self) -> int:
-        return len(self._changes)
+        return len(self.changes)
 
     def timeline(self, without: Collection[int] = ()) -> list[int]:
         """Live bytes at each moment from 0 to `now`, not counting the storages with keys in `without`."""
-        return list(accumulate((0 if key in without else change for key, change in self._changes), initial=0))
+        return list(accumulate((0 if key in without else change for key, change in self.changes), initial=0))
 
     def key(self, tensor: Tensor) -> int | None:
         """What stands for the storage of plain `tensor` in `timeline(without=…)`; None if it is not counted."""
@@ -117,16 +128,16 @@ class TensorBytes(TorchDispatchMode):
         address = storage._cdata
         if address not in self._storages:
             reference = weakref.ref(storage, partial(self._freed, address))
-            self._storages[address] = _Storage(self._created, already, reference)
-            self._created += 1
+            self._storages[address] = _Storage(len(self.labels), already, reference)
+            self.labels.append(self.label)
         known = self._storages[address]
         if known.size != storage.nbytes():
-            self._changes.append((known.key, storage.nbytes() - known.size))
+            self.changes.append((known.key, storage.nbytes() - known.size))
             known.size = storage.nbytes()
 
     def _freed(self, address: int, reference: weakref.ref) -> None:
         storage = self._storages.pop(address)
-        self._changes.append((storage.key, -storage.size))
+        self.changes.append((storage.key, -storage.size))
 
 
 @dataclass
@@ -151,13 +162,33 @@ class Traffic:
         self.size += size
         self.wire += RING_PASSES[kind] * size * (ranks - 1) / ranks
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.count + other.count, self.size + other.size, self.wire + other.wire)
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return self + other * -1
+
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(self.count * times, self.size * times, self.wire * times)
+
 
 class CollectiveBytes(TorchDispatchMode):
-    """Number and bytes of the collectives of each kind, in `traffic`. Those of a group of one rank do not count."""
+    """Number and bytes of the collectives of each kind. Those of a group of one rank do not count.
+
+    `by_group` has them by `(ranks of the process group, kind)`, `traffic` by kind. Each counts `times` times.
+    """
 
     def __init__(self):
         super().__init__()
-        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
+        self.times = 1
+        self.by_group: defaultdict[tuple[frozenset[int], str], Traffic] = defaultdict(Traffic)
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        total = defaultdict(Traffic)
+        for (_, kind), found in self.by_group.items():
+            total[kind] = total[kind] + found
+        return dict(total)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _has_wrappers(types):
@@ -166,9 +197,30 @@ class CollectiveBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         if (kind := _kind(func)) is not None:
             given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-            if (ranks := _group_size(given)) > 1:
+            if (group := _group(given)).size() > 1:
                 size = max(sum(t.nbytes for t in tensors_in(value)) for value in (*given.values(), result))
-                self.traffic[kind].add(kind, size, ranks)
+                ranks = frozenset(dist.get_process_group_ranks(group))
+                self.by_group[ranks, kind].add(kind, size * self.times, group.size(), self.times)
+        return result
+
+
+class Flops(TorchDispatchMode):
+    """Floating-point operations of matrix products and attention, in `total`, by torch's own table of formulas.
+
+    Causal attention counts in full, as it does there and in most published figures. Each counts `times` times.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.times = 1
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if _has_wrappers(types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if (formula := FLOPS_OF.get(func._overloadpacket)) is not None:
+            self.total += self.times * formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -179,12 +231,12 @@ def _kind(func: torch._ops.OpOverload) -> str | None:
     return next((kind for kind in RING_PASSES if name.startswith(kind.replace("-", ""))), None)
 
 
-def _group_size(arguments: dict) -> int:
-    """Ranks in the process group among a collective's arguments, by name: c10d has the group in a box of TorchScript's."""
+def _group(arguments: dict) -> dist.ProcessGroup:
+    """The process group among a collective's arguments, by name: c10d has the group in a box of TorchScript's."""
     if "process_group" in arguments:
-        return dist.ProcessGroup.unbox(arguments["process_group"]).size()
+        return dist.ProcessGroup.unbox(arguments["process_group"])
     group = arguments["group_name"]
-    return (_resolve_process_group(group) if isinstance(group, str) else group).size()
+    return _resolve_process_group(group) if isinstance(group, str) else group
 
 
 # ---- a step of a causal language model -------------------------------------------------------------------------------
@@ -273,7 +325,7 @@ def measure_step(model: PreTrainedModel, ids: Tensor) -> dict:
         "gradient_bytes": sum(grad.nbytes for grad in gradients),
         "saved_bytes_per_layer": live[moments.layers[middle + 1]] - live[moments.layers[middle]],
         "loss_peak_bytes": max(in_loss[moments.head : moments.head_done + 1]) - in_loss[moments.head],
-        "collectives": dict(sent.traffic),
+        "collectives": sent.traffic,
     }
 
 
@@ -315,9 +367,20 @@ def saved_activation_bytes(
     return tokens * elements * itemsize / ranks
 
 
-def collective_floor(config: PreTrainedConfig, tokens: int, choices: TPSPConfig) -> dict[str, Traffic]:
-    """The collectives that the plan of hf_tpsp needs in forward and backward, and no more."""
-    stream, layers, ranks = tokens * config.hidden_size * ITEM, config.num_hidden_layers, choices.tp_size
+def collective_floor(
+    config: PreTrainedConfig, tokens: int, choices: TPSPConfig, itemsize: int = ITEM, replicated: int | None = None
+) -> dict[str, Traffic]:
+    """The collectives over the TP ranks that the plan of hf_tpsp needs in forward and backward, and no more.
+
+    Args:
+        tokens: of one TP group.
+        itemsize: bytes of an element of the stream.
+        replicated: bytes of the gradients that are summed over the TP ranks; those of two norms in each layer, and the
+            last, if it is not given.
+    """
+    stream, layers, ranks = tokens * config.hidden_size * itemsize, config.num_hidden_layers, choices.tp_size
+    if replicated is None:
+        replicated = (2 * layers + 1) * config.hidden_size * ITEM
     floor = defaultdict(Traffic)
 
     def need(kind: str, count: int, size: int) -> None:
@@ -333,13 +396,36 @@ def collective_floor(config: PreTrainedConfig, tokens: int, choices: TPSPConfig)
     need("reduce-scatter", 1, stream)  # embedding
     need("all-gather", 1, stream)
     need("all-gather", 1, stream)  # head
-    need("reduce-scatter", 1, stream)
+    # The chunked loss adds the gradients of its hidden states up in fp32, and sends them so.
+    need("reduce-scatter", 1, stream // itemsize * ITEM if choices.loss == "chunked" else stream)
     if choices.loss == "chunked":  # the log-sum-exp of each rank and the label's logit
         need("all-gather", 1, 2 * tokens * ranks * ITEM)
     else:  # maximum, sum of exponentials, the label's logit
         need("all-reduce", 3, tokens * ITEM)
     need("all-gather", 1, 3 * 8 * ranks)  # the check that all ranks were fed the same batch
-    need("all-reduce", 1, (2 * layers + 1) * config.hidden_size * ITEM)  # gradients of all norms
+    need("all-reduce", 1, replicated)  # gradients of all norms
+    return dict(floor)
+
+
+def fsdp_floor(
+    units: list[int], choices: TPSPConfig, itemsize: int, gradient_itemsize: int
+) -> dict[tuple[str, str], Traffic]:
+    """The collectives that FSDP2 needs over `("dp_shard", kind)` and `("dp_replicate", kind)`, without padding.
+
+    Args:
+        units: elements of the parameters of each layer, and last of the root, on one TP rank.
+        itemsize: bytes of a gathered element.
+        gradient_itemsize: bytes of an element of a gradient that is reduced.
+    """
+    floor = defaultdict(Traffic)
+    *layers, last, root = units
+    gathered = layers + layers + [last, root] if choices.reshard_after_forward else units
+    if (ranks := choices.dp_shard_size) > 1:
+        floor["dp_shard", "all-gather"].add("all-gather", sum(gathered) * itemsize, ranks, len(gathered))
+        floor["dp_shard", "reduce-scatter"].add("reduce-scatter", sum(units) * gradient_itemsize, ranks, len(units))
+    if choices.dp_replicate_size > 1:
+        size = sum(units) * gradient_itemsize // choices.dp_shard_size
+        floor["dp_replicate", "all-reduce"].add("all-reduce", size, choices.dp_replicate_size, len(units))
     return dict(floor)
 
 

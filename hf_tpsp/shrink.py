@@ -30,7 +30,7 @@ SIZES: dict[str, int] = {
                      "linear_value_head_dim", "mamba_d_head", "mamba_head_dim", "mamba_headdim", "query_pre_attn_scalar",
                      "global_head_dim"), HEAD_DIM),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "rotary_ndims"), ROPE_DIM),
-    "qk_head_dim": HEAD_DIM + ROPE_DIM, "index_head_dim": 2 * ROPE_DIM, "index_topk": 6, "index_block_size": 4, "index_topk_blocks": 2,
+    "qk_head_dim": HEAD_DIM + ROPE_DIM, "index_head_dim": 2 * ROPE_DIM, "indexer_head_dim": HEAD_DIM, "index_topk": 6, "index_block_size": 4, "index_topk_blocks": 2,
     **dict.fromkeys(("q_lora_rank", "o_lora_rank"), 24), "kv_lora_rank": 16, "n_shared_experts": 2,
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "zero_expert_num"), EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
@@ -114,7 +114,9 @@ def _shrink(values: dict[str, Any], every_layer: bool) -> None:
             values[name] = 0.0
         if isinstance(value, bool):
             continue
-        if isinstance(value, (list, tuple)) and len(value) == layers > 1:
+        if name == "mlp_only_layers" and not every_layer:
+            values[name] = [i for i in value or () if i == 0]
+        elif isinstance(value, (list, tuple)) and len(value) == layers > 1:
             values[name] = type(value)(value[i] for i in kept)
             if all(isinstance(v, int) and v >= hidden for v in values[name]):
                 values[name] = type(value)(2 * small_hidden for _ in kept)

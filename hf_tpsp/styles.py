@@ -101,6 +101,10 @@ class ReplicatedGradients:
         unique = {id(p): p for module, name in owners if (p := sharded_parameter(module, name)) is not None}
         return list(unique.values())
 
+    def summed(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are terms of a sum over the TP ranks."""
+        return self._parameters(self._sums)
+
     def local(self, param: DTensor) -> Tensor:
         """`param` as a plain tensor whose gradient is one rank's term of the sum."""
         if torch.compiler.is_compiling():  # a compiled layer; the head has armed by then
@@ -127,7 +131,7 @@ class ReplicatedGradients:
         torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
 
     def _reduce(self) -> None:
-        _all_reduce(self._parameters(self._sums), self.mesh.get_group())
+        _all_reduce(self.summed(), self.mesh.get_group())
         for group in self._averages:
             _all_reduce(self._parameters(self._adapters), group, average=True)
         self._restore()

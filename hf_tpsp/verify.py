@@ -41,7 +41,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     "granitemoe_swa": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8,
                        "indexer_compress_ratio": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
 }  # fmt: skip

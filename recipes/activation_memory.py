@@ -13,17 +13,15 @@ from __future__ import annotations
 import argparse
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
 from hf_tpsp.measure import saved_activation_bytes, saved_by_a_layer
+from hf_tpsp.simulate import simulated_world  # and with it the "fused" attention
 
 SHAPES = {
     "Llama-3-8B": ("llama", {
@@ -42,17 +40,6 @@ CHOICES = {
     "full": {"activation_checkpointing": "full"},
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def fused_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Causal attention without a mask tensor, `[batch, seq, heads, head_dim]`. transformers builds the mask, seq² large,
-    when tensors are fake; with real ones it leaves it out, as here."""
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("fused", fused_attention)
-AttentionMaskInterface.register("fused", lambda *args, **kwargs: None)
 
 
 def shape(name: str) -> PreTrainedConfig:
@@ -81,7 +68,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
-    dist.init_process_group("fake", rank=0, world_size=args.tp, store=FakeStore())
     table = Table(
         "model", "kept", "MiB per layer", "/ Megatron", title=f"tp {args.tp}, {args.tokens} tokens, {args.dtype}"
     )
@@ -89,11 +75,11 @@ def main() -> None:
         config = shape(name)
         floor = saved_activation_bytes(config, args.tokens, args.tp, dtype.itemsize, fused_activation=True)
         for kept, settings in CHOICES.items():
-            found = measure(config, TPSPConfig(tp_size=args.tp, **settings), args.tokens, dtype)
+            with simulated_world(args.tp):
+                found = measure(config, TPSPConfig(tp_size=args.tp, **settings), args.tokens, dtype)
             table.add_row(name, kept, f"{found / 2**20:.1f}", f"{found / floor:.3f}")
         table.add_row(name, "Megatron TP + SP", f"{floor / 2**20:.1f}", "1.000", end_section=True)
     Console().print(table)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -145,8 +145,10 @@ def shard_adapters(model: PeftModel) -> None:
         for matrices, style in zip((module.lora_A, module.lora_B), styles[name], strict=True):
             for matrix in matrices.values():
                 for parameter_name, parameter in matrix.named_parameters(recurse=False):
-                    value = parameter.detach().to(mesh.device_type)
-                    dist.broadcast(value, src=0)
+                    value = parameter.detach()
+                    if not value.is_meta:
+                        value = value.to(mesh.device_type)
+                        dist.broadcast(value, src=0)
                     placements = [*[Replicate()] * (mesh.ndim - 1), style.placement(matrix, parameter_name, parameter)]
                     value = distribute_tensor(value, mesh, placements, src_data_rank=None)
                     matrix._parameters[parameter_name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
