@@ -37,9 +37,9 @@ def test_links():
 
 
 def test_meshes():
-    config = models.config("llama")  # 8 heads, 4 kv heads
+    config = models.config("llama")  # 8 heads; 4 kv heads, which 8 ranks share
     found = {(m.dp_replicate_size, m.dp_shard_size, m.tp_size) for m in legal_meshes(config, 16, 8, None, None, None)}
-    assert found == {(1, 16, 1), (2, 8, 1), (1, 8, 2), (2, 4, 2), (1, 4, 4), (2, 2, 4)}
+    assert found == {(1, 16, 1), (2, 8, 1), (1, 8, 2), (2, 4, 2), (1, 4, 4), (2, 2, 4), (1, 2, 8), (2, 1, 8)}
 
 
 PARAMETERS = {
@@ -94,7 +94,7 @@ def test_command(tmp_path, capsys):
         (["Llama-3-8B", "--gpus", "8", "--tp", "3"], "tp=3 does not divide"),
         (["Llama-3-8B", "--gpus", "12"], "do not fill hosts of 8"),
         (["Llama-3-8B", "--gpus", "8", "--tp", "4", "--dp", "4"], "must be 8"),
-        (["Qwen2.5-0.5B", "--gpus", "8", "--tp", "8"], "tp_size can be one of [1, 2]"),
+        (["Qwen2.5-0.5B", "--gpus", "8", "--tp", "8"], "tp_size can be one of [1, 2, 14]"),
         (["Llama-3-9B", "--gpus", "8"], "Did you mean Llama-3-8B?"),
         (["lama.json", "--gpus", "8"], "Did you mean 'llama'?"),
         (["Llama-3-8B", "--gpus", "8", "--gpu-memory", "80"], "such as 80GiB"),

@@ -221,7 +221,7 @@ def test_refusals(ranks):
     for texts in ranks.run(2, refusals):
         assert "needs 4 ranks, but 2 were started" in texts["world"]
         assert texts["world in memory"] == texts["world"]
-        assert "num_key_value_heads=3" in texts["heads"] and "[1, 3]" in texts["heads"]
+        assert "num_key_value_heads=3" in texts["heads"] and "[1, 3, 6]" in texts["heads"]
         assert texts["missing"].startswith("OSError") and "nowhere' is neither a checkpoint folder" in texts["missing"]
         assert "from_pretrained(device_map=…)" in texts["device_map"]
         assert "from_pretrained(quantization_config=…)" in texts["to quantize"]

@@ -91,13 +91,13 @@ def test_the_auxiliary_loss_is_seen(ranks):
 MODIFIED = """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
     class MyLlamaConfig(LlamaConfig):
         model_type = "my_llama"
 
     class MyMLP(torch.nn.Module):
-        '''A renamed projection, and a norm on what the MLP is given.'''
+        "A renamed projection, and a norm on what the MLP is given."
         def __init__(self, config):
             super().__init__()
             self.before = LlamaRMSNorm(config.hidden_size)
@@ -107,17 +107,23 @@ MODIFIED = """
         def forward(self, x):
             return self.narrow(torch.relu(self.wide(self.before(x))))
 
+    class MyAttention(LlamaAttention):
+        "A renamed projection, and what comes after it."
+        def __init__(self, config, layer_idx):
+            super().__init__(config, layer_idx)
+            self.out = self._modules.pop("o_proj")
+
+        @property
+        def o_proj(self):
+            return lambda x: LAST
+
     class MyLlamaForCausalLM(LlamaForCausalLM):
         config_class = MyLlamaConfig
-        _tp_plan = {}
 
         def __init__(self, config):
             super().__init__(config)
-            for layer in self.model.layers:
-                layer.mlp = MyMLP(config)
-                layer.self_attn.out = layer.self_attn.o_proj
-                del layer.self_attn.o_proj
-                layer.self_attn.o_proj = lambda x, layer=layer: LAST
+            for i, layer in enumerate(self.model.layers):
+                layer.mlp, layer.self_attn = MyMLP(config), MyAttention(config, i)
 """
 
 
@@ -134,14 +140,14 @@ def folder_of(path, code: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("last", ["layer.self_attn.out(x)", "layer.self_attn.out(x).cumsum(1) ** 2"])
+@pytest.mark.parametrize("last", ["self.out(x)", "self.out(x).cumsum(1) ** 2"])
 def test_a_modified_llama(ranks, tmp_path, last):
     """Code that nobody has seen, with and without something after its last projection that no sum survives."""
     folder = folder_of(tmp_path, MODIFIED.replace("LAST", last))
     result = verify(folder, MESH_1x2, pool=ranks)
     assert result.is_equal, found(result)
     split = "cumsum" not in last
-    attention, mlp = "model.layers.*.self_attn (LlamaAttention) is not split", "model.layers.*.mlp (MyMLP) is not split"
+    attention, mlp = "model.layers.*.self_attn (MyAttention) is not split", "model.layers.*.mlp (MyMLP) is not split"
     assert mlp not in result.notes and (attention not in result.notes) == split
 
 
@@ -150,12 +156,14 @@ def test_what_the_command_prints(capsys):
     text = capsys.readouterr().out
     assert "equal to one process" in text and "sequence parallel on, loss parallel on" in text
     assert "of a decoder layer, forward and backward: 6 all-gather, 4 reduce-scatter" in text
-    with pytest.raises(SystemExit, match="Did you mean llama"):
-        main(["verify", "llamma"])
-    with pytest.raises(SystemExit, match="takes a model type or a folder, or --all"):
-        main(["verify"])
-    with pytest.raises(SystemExit, match="transformers has no causal LM of type llamma"):
-        main(["verify", "--all", "--only", "llamma"])
+    for arguments, message in (
+        (["llamma"], "Did you mean llama"),
+        ([], "takes a model type or a folder, or --all"),
+        (["--all", "--only", "llamma"], "transformers has no causal LM of type llamma"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["verify", *arguments])
+        assert message in capsys.readouterr().err
 
 
 def test_all_is_resumable(tmp_path, monkeypatch, capsys):
