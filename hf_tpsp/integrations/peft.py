@@ -122,6 +122,8 @@ def _patch_update(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def update(self, *args, **kwargs):
+        if any(style_of(module) for module in self.original_module.modules()):
+            _check_copied(self.original_module)
         with _whole(self.original_module):
             original(self, *args, **kwargs)
         self.original_module.requires_grad_(False)
@@ -232,7 +234,7 @@ def shard_adapters(model: PeftModel) -> None:
         check_config(config)
     adapted, saved = _added(model)
     layouts = [layout for name, module in adapted.items() for layout in _layouts(name, module, base._tpsp.config)]
-    layouts += [layout for name, wrapper in saved.items() for layout in _copies(name, wrapper)]
+    layouts += [layout for wrapper in saved.values() for layout in _copies(wrapper)]
     owned = {id(p) for module in (adapted | saved).values() for p in module.parameters()}
     plain = [n for n, p in model.named_parameters() if not isinstance(p, DTensor) and id(p) not in owned]
     if plain:
@@ -266,20 +268,25 @@ def style_of(module: nn.Module) -> Style | None:
     return vars(module).get("_tpsp_style")
 
 
-def _copies(name: str, wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]:
-    """The trained copies of the module `name`, and their layout: the original's."""
-    original = wrapper.original_module
+def _copies(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]:
+    """The trained copies that `wrapper` holds, and their layout: the original's."""
+    _check_copied(wrapper.original_module)
+    layouts = []
+    for module in wrapper.modules_to_save.values():
+        style = copy.copy(style_of(wrapper.original_module))
+        style.original = wrapper.original_module
+        layouts.append((module, style))
+    return layouts
+
+
+def _check_copied(original: nn.Module) -> None:
+    """Raise `ValueError` unless a copy of `original`, a module of a sharded model, can be laid out as it is."""
     style = style_of(original)
     if not isinstance(style, (Embedding, Head, Norm)) or (isinstance(style, Replica) and not is_norm(original)):
         raise ValueError(
-            f"{name} ({type(original).__name__}) cannot be in `modules_to_save` on a sharded model: hf_tpsp supports the "
-            "embedding, the head and norms. Adapt its linear layers instead (`target_modules`)."
+            f"A {type(original).__name__} cannot be in `modules_to_save` on a sharded model: hf_tpsp supports the embedding, "
+            "the head and norms. Adapt its linear layers instead (`target_modules`)."
         )
-    layouts = []
-    for module in wrapper.modules_to_save.values():
-        layouts.append((module, copy.copy(style)))
-        layouts[-1][1].original = original
-    return layouts
 
 
 def _layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> list[tuple[nn.Module, Style]]:
