@@ -280,7 +280,10 @@ def refusals() -> dict[str, str]:
         with hf_tpsp.enable(MESH_1x2), pytest.raises(ValueError) as error:
             get_peft_model(model, lora(**options))
         texts[name] = str(error.value)
-    return texts
+    model = adapted("qwen2", MESH_1x2, "sharded", torch.float32, use_dora=True)
+    with pytest.raises(ValueError) as error:
+        model.merge_and_unload()
+    return {**texts, "merge": str(error.value)}
 
 
 def test_refusals(ranks):
@@ -293,3 +296,4 @@ def test_refusals(ranks):
     assert "Qwen2MLP" in texts["block"] and "modules_to_save" in texts["block"]
     assert "lora_bias=True" in texts["bias"]
     assert "init_lora_weights='pissa'" in texts["pissa"]
+    assert "merge it in one process" in texts["merge"]

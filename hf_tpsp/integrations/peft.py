@@ -341,8 +341,8 @@ class Magnitude(Adapter):
     def install(self, module, gradients):
         super().install(module, gradients)
         module.get_lora_weight = _local_product
-        if isinstance(self.layer, Rowwise):
-            module.get_weight_norm = functools.partial(_norm_of_columns, module.fan_in_fan_out, gradients.mesh)
+        over = gradients.mesh if isinstance(self.layer, Rowwise) else None
+        module.get_weight_norm = functools.partial(_norm_of_rows, module.fan_in_fan_out, over)
 
     def run(self, module, inner, gradients, args, kwargs):
         with self.layer.local_parameters(kwargs["base_layer"], gradients):
@@ -354,12 +354,22 @@ def _local_product(lora_A: nn.Module, lora_B: nn.Module, adapter_name: str | Non
     return (to_local(lora_B.weight) @ to_local(lora_A.weight)).detach()
 
 
-def _norm_of_columns(
-    fan_in_fan_out: bool, mesh: DeviceMesh, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str
+def _norm_of_rows(
+    fan_in_fan_out: bool,
+    over: DeviceMesh | None,
+    weight: Tensor,
+    lora_weight: Tensor,
+    scaling: float,
+    adapter_name=None,
 ) -> Tensor:
-    """Norms of the rows of `W + scaling * B A`, of which each rank has some columns. One all-reduce."""
-    part = transpose(weight, fan_in_fan_out) + scaling * lora_weight
-    return all_reduce(part.square().sum(1), mesh).sqrt().to(weight.dtype)
+    """Norms of the rows of `W + scaling * B A`. Where each rank has some columns, one all-reduce `over` the ranks."""
+    if isinstance(weight, DTensor):  # outside of the forward
+        raise ValueError(
+            "peft merges DoRA by putting another tensor in the weight's place, which a sharded one does not take. Save the "
+            "adapter, and merge it in one process."
+        )
+    squares = (transpose(weight, fan_in_fan_out) + scaling * lora_weight).square().sum(1)
+    return (squares if over is None else all_reduce(squares, over)).sqrt().to(weight.dtype)
 
 
 def _shard_state(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
