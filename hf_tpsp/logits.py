@@ -73,18 +73,19 @@ class LazyLogits(Tensor):
         hidden: what the head was given, as a DTensor `[batch, seq, hidden]`.
         head: the head, whose parameters are DTensors.
         run: `run(hidden)` is the ordinary head.
+        parameters: gives its weight and bias (or None) as the plain local tensors to compute with.
     """
 
     @staticmethod
-    def __new__(cls, hidden: DTensor, head: nn.Module, run: Callable[[DTensor], DTensor]):
+    def __new__(cls, hidden: DTensor, head: nn.Module, run: Callable[[DTensor], DTensor], parameters: Callable):
         shape, grad = (*hidden.shape[:-1], head.out_features), torch.is_grad_enabled() and hidden.requires_grad
         grad = grad or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()))
-        return cls._make(shape, hidden.dtype, hidden.device, grad, hidden, head, run, (), [])
+        return cls._make(shape, hidden.dtype, hidden.device, grad, hidden, run, parameters, (), [])
 
     @classmethod
-    def _make(cls, shape, dtype, device, grad, hidden, head, run, pointwise, hooks) -> LazyLogits:
+    def _make(cls, shape, dtype, device, grad, hidden, run, parameters, pointwise, hooks) -> LazyLogits:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=grad)
-        self.hidden, self.head, self._run, self.pointwise = hidden, head, run, pointwise
+        self.hidden, self._run, self.parameters, self.pointwise = hidden, run, parameters, pointwise
         self._hooks: list[Callable] = hooks  # of the gradient; one list for all that come from one head
         self._value: DTensor | None = None
         self._whole: Tensor | None = None
@@ -132,7 +133,7 @@ class LazyLogits(Tensor):
         probe = operation(torch.empty(1, dtype=self.dtype, device="meta"))
         grad, pointwise = self.requires_grad, (*self.pointwise, operation)
         noted = self._make(
-            self.shape, probe.dtype, self.device, grad, self.hidden, self.head, self._run, pointwise, self._hooks
+            self.shape, probe.dtype, self.device, grad, self.hidden, self._run, self.parameters, pointwise, self._hooks
         )
         noted.gathered = self.gathered
         return noted

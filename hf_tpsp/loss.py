@@ -187,10 +187,7 @@ def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, stati
     if hidden.placements != (SEQUENCE,):  # or replicated
         hidden = hidden.redistribute(placements=[Replicate()])
     with (logits.gathered or contextlib.nullcontext)():
-        weight, bias = (
-            None if p is None else p.to_local(grad_placements=p.placements)
-            for p in (logits.head.weight, logits.head.bias)
-        )
+        weight, bias = logits.parameters()
     head = ChunkedHead(
         hidden.device_mesh, hidden.placements, hidden.shape, logits.shape[-1], logits.pointwise, ignore_index,
         smoothing, statistics,

@@ -225,6 +225,8 @@ class Style:
         self.parameter_rules: dict[str, str] = {}  # the plan's, for single parameters: `split:0`, `packed:1,2`, `mean`
         self.sequence_parallel = config.sequence_parallel
         self.regather_inputs = config.regather_inputs and config.sequence_parallel
+        self.outside_fsdp = False  # of adapters, whose gradients are all reduced at the end of backward
+        self.original: nn.Module | None = None  # of which the module is a copy outside FSDP
 
     def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         """Where parameter `name` of `module` lives on the TP mesh dim."""
@@ -289,7 +291,9 @@ class Style:
             module._parameters.update(params)
 
     def local_value(self, module: nn.Module, name: str, param: DTensor, gradients: ReplicatedGradients) -> Tensor:
-        local = gradients.local(param) if self.is_partial(name) else to_local(param)
+        local = gradients.local(param) if self.outside_fsdp or self.is_partial(name) else to_local(param)
+        if self.original is not None:  # whose parameter FSDP has gathered in the dtype to compute in
+            local = local.to(self.original._parameters[name].dtype)
         return self.term(name, local, gradients.mesh.size())
 
     def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -352,7 +356,7 @@ class Embedding(Style):
         if module.max_norm is not None:
             raise ValueError("An embedding with max_norm rescales rows in forward and cannot be vocabulary-sharded.")
         weight = module.weight
-        (rows, _), (start, _) = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, [Shard(0)])
+        (rows, _), (start, _) = compute_local_shape_and_global_offset(weight.shape, gradients.mesh, [Shard(0)])
         module._tpsp_rows = (start, rows)
         super().install(module, gradients)
 
@@ -843,33 +847,45 @@ class SplitRowwise(Rowwise):
 
     def run(self, module, inner, gradients, args, kwargs):
         (x,) = args
-        own = local_slice(x, Shard(x.dim() - 1), gradients.mesh.get_local_rank(), gradients.mesh.size())
-        return super().run(module, inner, gradients, (own,), kwargs)
+        return super().run(module, inner, gradients, (own_features(x, gradients.mesh),), kwargs)
+
+
+def own_features(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`[..., features]` → this rank's share of the features."""
+    return local_slice(x, Shard(x.dim() - 1), mesh.get_local_rank(), mesh.size())
 
 
 class Adapter(Style):
-    """One matrix of a low-rank adapter, inside the region of the layer it adapts. No collective on activations.
+    """One matrix of a low-rank adapter, beside the layer it adapts. No collective on activations.
 
     Args:
-        of: the layout of the adapted layer.
         placement: of the weight on the TP ranks.
         is_sum: whether the ranks' gradients are terms of a sum.
+        splits_input: whether the input is whole, of which the rank takes its own features.
         rows: of the weight, those that this rank computes; None for all that it has.
     """
 
-    def __init__(self, of: Style, placement: Placement, is_sum: bool = False, rows: Tensor | None = None):
-        self.parameter_rules = {}
-        self.sequence_parallel, self.regather_inputs = of.sequence_parallel, of.regather_inputs
-        self._placement, self.is_sum, self.rows = placement, is_sum, rows
+    def __init__(
+        self,
+        config: TPSPConfig,
+        placement: Placement,
+        is_sum: bool = False,
+        splits_input: bool = False,
+        rows: Tensor | None = None,
+    ):
+        super().__init__(config)
+        self._placement, self._is_sum, self.splits_input, self.rows = placement, is_sum, splits_input, rows
 
     def placement(self, module, name, param):
         return self._placement
 
     def is_partial(self, name):
-        return True  # FSDP does not reduce it, whatever its layout
+        return self._is_sum
 
     def run(self, module, inner, gradients, args, kwargs):
-        out = super().run(module, inner, gradients, args, kwargs)
+        (x,) = args
+        x = own_features(x, gradients.mesh) if self.splits_input else x
+        out = super().run(module, inner, gradients, (x,), kwargs)
         return out if self.rows is None else out.index_select(-1, self.rows.to(out.device))
 
 
@@ -909,11 +925,17 @@ class LazyHead(Head):
             hidden = DTensor.from_local(hidden, gradients.mesh, [Replicate()], run_check=False)
         run_head = super().run
 
+        def parameters() -> tuple[Tensor, Tensor | None]:
+            own = module._parameters
+            return tuple(
+                None if own[n] is None else self.local_value(module, n, own[n], gradients) for n in ("weight", "bias")
+            )
+
         def run(hidden: DTensor) -> DTensor:
             hidden = hidden if self.sequence_parallel else hidden.to_local(grad_placements=hidden.placements)
             return run_head(module, inner, gradients, (hidden,), {})
 
-        return LazyLogits(hidden, module, run)
+        return LazyLogits(hidden, module, run, parameters)
 
 
 STYLES: dict[str, type[Style]] = {

@@ -16,6 +16,7 @@ import hf_tpsp
 from hf_tpsp import TPSPConfig
 from hf_tpsp.measure import CollectiveBytes
 from hf_tpsp.parallelize import parallelized_model
+from hf_tpsp.verify import build as small_copy
 
 MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
 HSDP = TPSPConfig(tp_size=2, dp_replicate_size=2)
@@ -24,6 +25,10 @@ HSDP = TPSPConfig(tp_size=2, dp_replicate_size=2)
 def lora(**options) -> LoraConfig:
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return LoraConfig(**{**defaults, **options})
+
+
+def is_trained(name: str) -> bool:
+    return "lora_" in name or ".modules_to_save." in name
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -37,33 +42,40 @@ def randomize(model: torch.nn.Module) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def adapted(model_type: str, config: TPSPConfig, first: str, dtype, **options):
+def build(model_type: str, dtype: torch.dtype = torch.float32, settings: dict | None = None):
+    """One of `models`, or the small copy of any other model type."""
+    if model_type in models.ARCHITECTURES:
+        return models.build(model_type, dtype=dtype, **(settings or {}))
+    return small_copy(model_type, dtype, 131, settings or {})
+
+
+def adapted(model_type: str, config: TPSPConfig, first: str, dtype, settings=None, **options):
     """A model on the mesh with adapters, added after it was sharded, or before."""
     eager = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # inductor itself would take a minute
     with hf_tpsp.enable(config), mock.patch.object(nn.Module, "compile", eager):
         torch.manual_seed(5 if dist.get_rank() == 0 else 6)  # rank 0's adapters count
         if first == "sharded":
-            model = hf_tpsp.parallelize(models.build(model_type, dtype=dtype), config)
+            model = hf_tpsp.parallelize(build(model_type, dtype, settings), config)
             torch.manual_seed(5 if dist.get_rank() == 0 else 6)
             model = get_peft_model(model, lora(**options))
         else:
-            base = models.build(model_type, dtype=dtype)
+            base = build(model_type, dtype, settings)
             torch.manual_seed(5 if dist.get_rank() == 0 else 6)
             model = hf_tpsp.parallelize(get_peft_model(base, lora(**options)), config)
     return model
 
 
-def compare(model_type, config, first="sharded", dtype=torch.float32, **options) -> dict:
+def compare(model_type, config, first="sharded", dtype=torch.float32, settings=None, **options) -> dict:
     torch_mode = parity.KeepFp64() if dtype == torch.float64 else parity.contextlib.nullcontext()
     with torch_mode:
-        return _compare(model_type, config, first, dtype, options)
+        return _compare(model_type, config, first, dtype, settings, options)
 
 
-def _compare(model_type, config, first, dtype, options):
-    base = models.build(model_type, dtype=dtype)
+def _compare(model_type, config, first, dtype, settings, options):
+    base = build(model_type, dtype, settings)
     torch.manual_seed(5)
     reference = get_peft_model(base, lora(**options))
-    model = adapted(model_type, config, first, dtype, **options)
+    model = adapted(model_type, config, first, dtype, settings, **options)
     pairs = list(zip(reference.named_parameters(), model.named_parameters(), strict=True))
     init = max(parity.relative(parity.full(b.detach()), a.detach()) for (_, a), (_, b) in pairs)
     for part in (reference, model):
@@ -85,9 +97,9 @@ def _compare(model_type, config, first, dtype, options):
             dist.all_reduce(total)
             errors["loss"] = max(errors["loss"], abs(total.item() / config.tp_size / expected.item() - 1))
         for (name, a), (_, b) in pairs:
-            assert a.requires_grad == b.requires_grad == ("lora_" in name) and isinstance(b, DTensor), name
-            if a.grad is not None:
-                errors["grad"] = parity.larger(parity.relative(parity.full(b.grad), a.grad), errors["grad"])
+            assert a.requires_grad == b.requires_grad == is_trained(name) and isinstance(b, DTensor), name
+            if a.grad is not None and not (error := parity.relative(parity.full(b.grad), a.grad)) <= errors["grad"]:
+                errors["grad"], errors["worst"] = error, name
         norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0) for part in (reference, model)]
         errors["norm"] = max(errors["norm"], abs(parity.full(norms[1]).item() / norms[0].item() - 1))
         for optimizer in optimizers:
@@ -98,18 +110,73 @@ def _compare(model_type, config, first, dtype, options):
     return errors
 
 
-@pytest.mark.parametrize("first", ["sharded", "adapted"])
-@pytest.mark.parametrize("config", [MESH_1x2, MESH_2x2, HSDP], ids=["1x2", "2x2", "hsdp"])
-@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+@pytest.mark.parametrize(
+    ("model_type", "config", "first"),
+    [
+        ("llama", MESH_1x2, "adapted"),
+        ("llama", MESH_2x2, "sharded"),
+        ("llama", HSDP, "adapted"),
+        ("phi3", MESH_1x2, "sharded"),
+        ("phi3", MESH_2x2, "adapted"),
+        ("phi3", HSDP, "sharded"),
+    ],
+    ids=["llama-1x2", "llama-2x2", "llama-hsdp", "phi3-1x2", "phi3-2x2", "phi3-hsdp"],
+)
 def test_gradients(ranks, model_type, config, first):
     for errors in ranks.run(config.world_size, compare, model_type, config, first):
-        assert errors["init"] == 0
-        assert max(errors["loss"], errors["grad"], errors["norm"]) < 1e-5 and errors["weight"] < 1e-4, errors
+        check(errors)
+
+
+def check(errors: dict, limit: float = 1e-5, weights_limit: float = 1e-4) -> None:
+    assert errors["init"] == 0
+    assert max(errors["loss"], errors["grad"], errors["norm"]) < limit and errors["weight"] < weights_limit, errors
+
+
+def compare_all(cases: list[tuple[str, dict]], config: TPSPConfig) -> dict[str, dict]:
+    return {model_type: compare(model_type, config, **options) for model_type, options in cases}
+
+
+LAYOUTS = [
+    ("olmo2", {}),  # outputs gathered, for norms over all heads, and an input that every rank has whole
+    ("gpt2", {"use_dora": True}),  # weights [in, out], one of them packed
+    ("doge", {"use_dora": True}),  # blocks that every rank computes whole
+    ("qwen3_next", {"target_modules": ["in_proj_qkvz", "out_proj", "shared_expert_gate", "q_proj", "o_proj"]}),
+    ("deepseek_v3", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"], "use_dora": True}),
+]
+
+
+def test_layouts(ranks):
+    for errors in ranks.run(2, compare_all, LAYOUTS, MESH_1x2)[0].values():
+        check(errors)
+
+
+def test_kv_heads_shared_by_ranks(ranks):
+    few = {"settings": {"num_key_value_heads": 2}}
+    for errors in ranks.run(4, compare_all, [("llama", few), ("phi3", few)], TPSPConfig(tp_size=4))[0].values():
+        check(errors)
+
+
+SAVED = ["embed_tokens", "lm_head", "norm"]  # with every other norm: peft goes by the end of the names
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "options"),
+    [
+        ("llama", MESH_2x2, {"use_dora": True}),
+        ("qwen3", MESH_2x2, {"modules_to_save": SAVED}),
+        ("qwen2", MESH_1x2, {"modules_to_save": SAVED, "settings": {"tied": True}, "first": "adapted"}),
+        ("granite", TPSPConfig(tp_size=2, sequence_parallel=False), {"modules_to_save": SAVED, "use_dora": True}),
+    ],
+    ids=["dora-2x2", "saved-2x2", "saved-tied-1x2", "both-1x2-no-sp"],
+)
+def test_dora_and_modules_to_save(ranks, model_type, config, options):
+    for errors in ranks.run(config.world_size, compare, model_type, config, **options):
+        check(errors)
 
 
 def test_gradients_fp64(ranks):
     for errors in ranks.run(4, compare, "qwen3", MESH_2x2, dtype=torch.float64):
-        assert max(errors.values()) < 1e-12, errors
+        check(errors, 1e-12, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +192,21 @@ def test_gradients_fp64(ranks):
 def test_choices(ranks, settings, options):
     config = TPSPConfig(tp_size=2, dp_shard_size=2, **settings)
     for errors in ranks.run(4, compare, "qwen2", config, **options):
-        assert max(errors["loss"], errors["grad"], errors["norm"]) < 1e-5 and errors["weight"] < 1e-4, errors
+        check(errors)
+
+
+def dtypes_in_bf16() -> set[torch.dtype]:
+    """Of the stream and of the logits, with masters in fp32."""
+    config = TPSPConfig(tp_size=2, mixed_precision="bf16")
+    model = adapted("qwen2", config, "adapted", torch.float32, modules_to_save=SAVED).train()
+    output = model(**models.batch(), output_hidden_states=True)
+    output.loss.backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    return {x.dtype for x in (*output.hidden_states, output.logits)}
+
+
+def test_copies_compute_in_the_dtype_of_their_originals(ranks):
+    assert ranks.run(2, dtypes_in_bf16) == [{torch.bfloat16}] * 2
 
 
 def collectives() -> dict[str, int]:
@@ -146,54 +227,73 @@ def test_collectives(ranks):
     assert ranks.run(4, collectives) == [{"all-gather": 19, "all-to-all": 9, "all-reduce": 2}] * 4
 
 
-def saved(folder: str) -> float:
-    """A random adapter, saved, merged by one process, and read again on the mesh: largest difference of the logits."""
+def saved(folder: str, options: dict) -> float:
+    """An adapter, trained a step, saved, merged by one process, and read again on the mesh: largest difference of the
+    logits; and that of the model without it."""
     base = models.build("qwen2")
     if dist.get_rank() == 0:
         base.save_pretrained(f"{folder}/base")
-    model = adapted("qwen2", MESH_2x2, "sharded", torch.float32)
+    model = adapted("qwen2", MESH_2x2, "sharded", torch.float32, **options)
     randomize(model)
     data = models.batch(4, 17)
+    ids = data["input_ids"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()(**data).loss.backward()
+    optimizer.step()
     with torch.no_grad():
-        trained = model.eval()(input_ids=data["input_ids"]).logits
+        trained = model.eval()(input_ids=ids).logits
+        with model.disable_adapter():
+            disabled = model(input_ids=ids).logits
     with hf_tpsp.enable(MESH_2x2):
         model.save_pretrained(f"{folder}/adapter")
     dist.barrier()
     merged = PeftModel.from_pretrained(base, f"{folder}/adapter").merge_and_unload().eval()
     with torch.no_grad():
-        expected = merged(input_ids=data["input_ids"]).logits
-        unadapted = models.build("qwen2").eval()(input_ids=data["input_ids"]).logits
+        expected = merged(input_ids=ids).logits
+        unadapted = models.build("qwen2").eval()(input_ids=ids).logits
     assert parity.relative(unadapted, expected) > 1e-2
     with hf_tpsp.enable(MESH_2x2):  # and read again, on the mesh
         again = PeftModel.from_pretrained(hf_tpsp.parallelize(models.build("qwen2"), MESH_2x2), f"{folder}/adapter")
     with torch.no_grad():
-        reread = again.eval()(input_ids=data["input_ids"]).logits
-    return max(parity.relative(trained, expected), parity.relative(reread, expected))
+        reread = again.eval()(input_ids=ids).logits
+    return max(parity.relative(x, y) for x, y in ((trained, expected), (reread, expected), (disabled, unadapted)))
 
 
-def test_saved_adapter(ranks, tmp_path):
-    assert max(ranks.run(4, saved, str(tmp_path))) < 1e-5
+@pytest.mark.parametrize("options", [{}, {"use_dora": True, "modules_to_save": SAVED}], ids=str)
+def test_saved_adapter(ranks, tmp_path, options):
+    assert max(ranks.run(4, saved, str(tmp_path), options)) < 1e-5
 
 
 def refusals() -> dict[str, str]:
     texts = {}
-    for name, options in {
-        "dora": {"use_dora": True},
-        "head": {"target_modules": ["lm_head"]},
-        "embedding": {"target_modules": ["embed_tokens"]},
-        "modules_to_save": {"modules_to_save": ["norm"]},
-        "bias": {"lora_bias": True},
+    for name, (model_type, options) in {
+        "dora": ("olmo2", {"use_dora": True}),
+        "stream": ("gemma4_text", {}),
+        "experts": ("qwen3_moe", {}),
+        "head": ("qwen2", {"target_modules": ["lm_head"]}),
+        "embedding": ("qwen2", {"target_modules": ["embed_tokens"]}),
+        "block": ("qwen2", {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}),
+        "bias": ("qwen2", {"lora_bias": True}),
+        "pissa": ("qwen2", {"init_lora_weights": "pissa"}),
     }.items():
+        model = hf_tpsp.parallelize(build(model_type), MESH_1x2)
         with hf_tpsp.enable(MESH_1x2), pytest.raises(ValueError) as error:
-            get_peft_model(hf_tpsp.parallelize(models.build("qwen2"), MESH_1x2), lora(**options))
+            get_peft_model(model, lora(**options))
         texts[name] = str(error.value)
-    return texts
+    model = adapted("qwen2", MESH_1x2, "sharded", torch.float32, use_dora=True)
+    with pytest.raises(ValueError) as error:
+        model.merge_and_unload()
+    return {**texts, "merge": str(error.value)}
 
 
 def test_refusals(ranks):
     texts = ranks.run(2, refusals)[0]
-    assert "use_dora=True" in texts["dora"] and "rsLoRA" in texts["dora"]
+    assert "self_attn.q_proj: DoRA" in texts["dora"] and "use_dora" in texts["dora"]
+    assert "per_layer_input_gate" in texts["stream"] and "exclude_modules" in texts["stream"]
+    assert "target_parameters" in texts["experts"] and "all-linear" in texts["experts"]
     assert "lm_head" in texts["head"] and "target_modules" in texts["head"]
     assert "embed_tokens" in texts["embedding"] and "target_modules" in texts["embedding"]
-    assert "modules_to_save" in texts["modules_to_save"]
+    assert "Qwen2MLP" in texts["block"] and "modules_to_save" in texts["block"]
     assert "lora_bias=True" in texts["bias"]
+    assert "init_lora_weights='pissa'" in texts["pissa"]
+    assert "merge it in one process" in texts["merge"]
