@@ -10,14 +10,16 @@ from __future__ import annotations
 import multiprocessing as mp
 import multiprocessing.connection
 import os
-import socket
 import traceback
+
+from torch.distributed import TCPStore
 
 
 def _worker(rank: int, world_size: int, port: int, pipe) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",  # the store is the pool's
         HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
     )  # fmt: skip
     import torch
@@ -41,21 +43,18 @@ def _worker(rank: int, world_size: int, port: int, pipe) -> None:
             pipe.send(("error", traceback.format_exc()))
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 class RankPool:
     def __init__(self):
+        self._stores: dict[int, TCPStore] = {}
         self._worlds: dict[int, list[tuple[mp.Process, mp.connection.Connection]]] = {}
 
     def _start(self, world_size: int) -> list[tuple[mp.Process, mp.connection.Connection]]:
-        context, port, ranks = mp.get_context("spawn"), free_port(), []
+        # Listening from here on: a port that was only found to be free may be somebody's by the time a rank takes it.
+        store = self._stores[world_size] = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        context, ranks = mp.get_context("spawn"), []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_worker, args=(rank, world_size, store.port, theirs), daemon=True)
             process.start()
             theirs.close()
             ranks.append((process, ours))
@@ -91,6 +90,7 @@ class RankPool:
             process.kill()
             process.join()
             pipe.close()
+        self._stores.pop(world_size, None)
 
     def stop(self) -> None:
         for world_size in list(self._worlds):
