@@ -14,10 +14,7 @@ import hf_tpsp
 from hf_tpsp import TPSPConfig
 
 STEPS, HALF = 6, 3
-MESHES = {
-    "2x2": TPSPConfig(tp_size=2, dp_shard_size=2),
-    "hsdp": TPSPConfig(tp_size=2, dp_replicate_size=2),
-}
+MESHES = {"2x2": TPSPConfig(tp_size=2, dp_shard_size=2), "hsdp": TPSPConfig(tp_size=2, dp_replicate_size=2)}
 
 
 def rows(number: int) -> list[dict]:
@@ -90,7 +87,7 @@ def assert_equal(found: list[tuple], expected: list[tuple]) -> None:
             assert (value is None) == (other is None) and (value is None or abs(value - other) <= limit * other)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["2x2", pytest.param("hsdp", marks=pytest.mark.slow)])
 def test_loop(ranks, tiny, tmp_path, mesh):
     """Losses, norms, learning rates and weights of one process; resumed, bitwise those of the run that went on."""
     config = MESHES[mesh]

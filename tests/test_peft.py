@@ -185,7 +185,7 @@ def test_gradients_fp64(ranks):
         ({}, {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}),
         ({"sequence_parallel": False}, {}),
         ({"activation_checkpointing": "full"}, {}),
-        ({"compile": True}, {}),
+        pytest.param({"compile": True}, {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

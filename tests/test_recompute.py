@@ -55,15 +55,15 @@ def test_bitwise(ranks, model_type, case):
 MEASURE = """
 import json, sys
 sys.path.insert(0, "recipes")
-import torch, torch.distributed as dist
-from activation_memory import CHOICES, SHAPES, FakeStore, TPSPConfig, measure, saved_activation_bytes, shape
-dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+import torch
+from activation_memory import CHOICES, SHAPES, TPSPConfig, measure, saved_activation_bytes, shape, simulated_world
 found = {}
-for name in SHAPES:
-    config, dtype, tokens = shape(name), torch.bfloat16, 4096
-    megatron = saved_activation_bytes(config, tokens, 8, dtype.itemsize, fused_activation=True)
-    for choice, settings in CHOICES.items():
-        found[f"{name}, {choice}"] = measure(config, TPSPConfig(tp_size=8, **settings), tokens, dtype) / megatron
+with simulated_world(8):
+    for name in SHAPES:
+        config, dtype, tokens = shape(name), torch.bfloat16, 4096
+        megatron = saved_activation_bytes(config, tokens, 8, dtype.itemsize, fused_activation=True)
+        for choice, settings in CHOICES.items():
+            found[f"{name}, {choice}"] = measure(config, TPSPConfig(tp_size=8, **settings), tokens, dtype) / megatron
 print(json.dumps(found))
 """
 
