@@ -141,7 +141,7 @@ def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hi
                 yield {"": f"gather:{named}" if named else "gather", **rest, **base}
 
 
-def packings(projection: str, closing: str) -> Iterator[str]:
+def packings(closing: str) -> Iterator[str]:
     """Rules of a layer that holds several projections: gate and up, or query, key and value of whatever widths."""
     yield "pair"
     yield f"qkv:{closing}"
@@ -165,7 +165,7 @@ def translated(native: dict[str, str], inside: dict[str, nn.Module]) -> Iterator
         elif rule == "colwise":
             rules[name] = "split:-2"
     if len(closing) == 1 and len(opened) == 1:
-        for packing in packings(opened[0], closing[0]):
+        for packing in packings(closing[0]):
             yield {**rules, opened[0]: packing}
     yield {**rules, **dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_split")}
 
@@ -187,7 +187,7 @@ def derived(block: nn.Module, inside: dict[str, nn.Module], call: Call) -> Itera
     for opening in (dict.fromkeys([*chosen, *ups], "colwise") for chosen, ups in choices):
         yield {**opening, **bare, last: "rowwise"}
         if len(packed) == 1 and packed[0] in opening:
-            for packing in packings(packed[0], last):
+            for packing in packings(last):
                 yield {**opening, **bare, packed[0]: packing, last: "rowwise"}
 
 
@@ -224,11 +224,15 @@ def enclosed_mlps(native: dict[str, str], inside: dict[str, nn.Module], calls: d
     return rules
 
 
-def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> dict[str, str]:
-    """`rules` for `block`, which has the structure of the one that they were proven on."""
+def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> dict[str, str] | None:
+    """`rules` for `block`, which has the structure of the one that they were proven on; None if its heads do not divide over
+    the ranks, or ranks would have to share kv heads that are not found among its projections."""
     inside = dict(block.named_modules())
     heads, kv_heads = own(block, Block.HEADS), own(block, Block.KV_HEADS)
-    shared = kv_heads if heads and kv_heads and kv_heads < min(heads, config.tp_size) else None
+    is_attention = hasattr(block, "head_dim") or hasattr(block, "num_key_value_groups")
+    shared = kv_heads if is_attention and heads and kv_heads and kv_heads < min(heads, config.tp_size) else None
+    if is_attention and heads and (heads % config.tp_size or (kv_heads and not shared and kv_heads % config.tp_size)):
+        return None
     sized = dict(rules)
     for name, rule in rules.items():
         kind, _, closing = rule.partition(":")
@@ -239,6 +243,8 @@ def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> d
             sized[name] = packed_rule((first, *parts), inside[name], shared if kind == "qkv" else None, config)
         elif rule == "colwise" and shared and features(inside[name])[1] == shared * (own(block, ("head_dim",)) or 0):
             sized[name] = f"colwise_gathered:{features(inside[name])[1]}@{shared}"
+    if shared and not any("@" in rule for rule in sized.values()):
+        return None
     if shared:
         sized[""] += (":" if ":" not in sized[""] else ",") + "groups"
     return sized
@@ -265,6 +271,8 @@ def whole_layout(block: nn.Module, native: dict[str, str], call: Call | None) ->
 
 
 class _Planner:
+    """The plan of one model, in the making. Names are those of its modules; `twin` is its small copy."""
+
     def __init__(self, model: PreTrainedModel, config: TPSPConfig):
         self.model, self.config = model, config
         self.native = dict(model.tp_plan or {})
@@ -320,10 +328,9 @@ class _Planner:
                 f"{type(self.model).__name__} takes rows of its embedding's weight by itself (in {reader or 'its forward'}), "
                 "which a vocabulary-sharded embedding does not have on every rank. Train its text model alone, or with FSDP."
             )
-        self.reason = self.stream_reason()
-        if self.reason and self.plan.sequence_parallel:
+        if self.plan.sequence_parallel and (reason := self.stream_reason()):
             self.plan.sequence_parallel = False
-            self.plan.notes.append(f"no sequence parallel: {self.reason}")
+            self.plan.notes.append(f"no sequence parallel: {reason}")
         self.split_together()
         for name in self.layers():
             self.plan_layer(name, self.modules[name])
@@ -416,11 +423,13 @@ class _Planner:
         block, call = self.modules[name], self.call(name)
         if is_norm(block):
             return self.set(name, "norm")
-        native = self.inside(name)
+        native, rules = self.inside(name), None
         if call is not None and (proven := self.proof(name, native)) is not None:
             rules = with_sizes(proven, block, self.config)
-        else:
-            rules = whole_layout(block, native, call)
+            if rules is None:
+                note = f"{wildcard(name)} ({type(block).__name__}) is not split: its heads do not divide over {self.config.tp_size} ranks"
+                self.plan.notes += [note] if note not in self.plan.notes else []
+        rules = rules or whole_layout(block, native, call)
         if call is None:  # its parameters are read by whoever uses it
             rules[""] = "copy"
         for part, rule in rules.items():
@@ -434,7 +443,7 @@ class _Planner:
             block = self.twin.modules[twin]
             tries = layouts(block, native, self.calls_in(twin), self.hidden)
             sized = ((rules, with_sizes(rules, block, TPSPConfig(tp_size=RANKS))) for rules in tries)
-            self.proofs[key] = next((rules for rules, sizes in sized if self.twin.adds_up(twin, sizes)), None)
+            self.proofs[key] = next((rules for rules, sizes in sized if sizes and self.twin.adds_up(twin, sizes)), None)
         return self.proofs[key]
 
     def calls_in(self, twin: str) -> dict[str, Call]:

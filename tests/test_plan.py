@@ -150,6 +150,16 @@ def test_heads_that_tp_does_not_divide():
         plan_for(on_meta("llama"), TPSPConfig(tp_size=3))
 
 
+def test_heads_that_cannot_be_dealt_out():
+    """Falcon's packed projection is interleaved by kv head: no rank can have half of one."""
+    settings = {"new_decoder_architecture": True, "num_kv_heads": 2, "num_attention_heads": 8}
+    plan = plan_for(from_config("falcon", **settings), TP2)
+    assert plan["transformer.h.*.self_attention.query_key_value"] == "colwise"
+    plan = plan_for(from_config("falcon", **settings), TPSPConfig(tp_size=4))
+    assert plan["transformer.h.*.self_attention"] == "whole"
+    assert "(FalconAttention) is not split: its heads do not divide over 4 ranks" in plan.notes[0]
+
+
 def test_cli_table(tmp_path, capsys):
     models.config("phi3").save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="2"):
