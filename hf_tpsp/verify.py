@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import os
 import re
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -261,7 +260,7 @@ def _on_rank(
             return compare(lambda: build(source, torch_dtype, vocabulary, settings), config, length)
         except Exception as error:
             text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-            return {"error": text.replace("\n", " ")[:600], "traceback": traceback.format_exc()}
+            return {"error": text.replace("\n", " ")[:600]}
 
 
 def verify(
@@ -298,7 +297,4 @@ def verify(
     finally:
         if pool is None:
             own.stop()
-    if os.environ.get("HF_TPSP_TRACEBACK") and "traceback" in found:
-        print(found["traceback"])
-    found.pop("traceback", None)
     return replace(result, **found)
