@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .config import TPSPConfig
 from .ranks import RankPool
-from .verify import Result, verify
+from .verify import Result, larger, verify
 
 RUNS = (
     # An odd vocabulary and an odd length, and an MoE's auxiliary loss, which over several batches is not one process's.
@@ -112,15 +113,15 @@ def cells(verdict: Verdict) -> list[str]:
     if verdict.error or not verdict.runs:
         return [verdict.model_type, "", "", "refused" if verdict.error else "", "", "", verdict.error]
     first = verdict.runs[0]
-    figures = [f"{max(r.loss, r.gradient):.1e}" for r in verdict.runs]
-    again = max((max(r.loss, r.gradient) for r in verdict.again), default=None)
+    figures = [f"{larger(r.loss, r.gradient):.1e}" for r in verdict.runs]
+    again = functools.reduce(larger, (e for r in verdict.again for e in (r.loss, r.gradient)), 0.0)
     on = {True: "yes", False: "no"}
     return [
         verdict.model_type,
         on[first.sequence_parallel],
         on[first.loss_parallel],
         *figures,
-        f"{again:.1e}" if again is not None else "",
+        f"{again:.1e}" if verdict.again else "",
         "; ".join(first.notes) if verdict.is_equal else f"WRONG in {first.parameter}; " + "; ".join(first.notes),
     ]
 

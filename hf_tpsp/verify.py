@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 import re
 import warnings
@@ -87,7 +88,8 @@ class Result:
 
     @property
     def is_equal(self) -> bool:
-        return not self.error and max(self.loss, self.gradient) <= self.limit and self.weights <= WEIGHTS_LIMIT
+        errors = (self.loss, self.limit), (self.gradient, self.limit), (self.weights, self.weights_limit)
+        return not self.error and all(error <= limit for error, limit in errors)  # NaN is no error that is small
 
 
 class KeepFp64(TorchFunctionMode):
@@ -132,8 +134,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def larger(a: float, b: float) -> float:
-    """`max` that lets NaN through: an error that is not a number is the largest of all."""
-    return a if a >= b else b
+    """`max` for which an error that is not a number is the largest of all, whichever of the two it is."""
+    return a if a >= b or math.isnan(a) else b
 
 
 def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
                         error = 0.0 if found.norm() <= 10 * rounding else float("inf")
                     else:
                         error = relative(found, gradients[name])
-                if not error <= out["gradient"]:
+                if larger(out["gradient"], error) is not out["gradient"]:
                     out["gradient"], out["parameter"] = error, name
         for optimizer in optimizers:
             optimizer.step()

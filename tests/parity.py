@@ -107,7 +107,7 @@ def _compare(model_type, config, dtype, length, tied, load, padding, packed, acc
                     assert parameter.grad is None, f"{name} is frozen, but has a gradient"
                     continue
                 error = relative(full(parameter.grad), expected_grads[name])
-                if not error <= errors["grad"]:
+                if larger(errors["grad"], error) is not errors["grad"]:
                     errors["grad"], worst = error, name
         norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0) for part in (reference, model)]
         errors["norm"] = larger(errors["norm"], abs(full(norms[1]).item() / norms[0].item() - 1))

@@ -1,5 +1,6 @@
 """Architectures of distinct structure against one process, and what `hf-tpsp verify` says of a model it has never seen."""
 
+import functools
 import json
 import textwrap
 from dataclasses import replace
@@ -11,7 +12,7 @@ import hf_tpsp
 from hf_tpsp import TPSPConfig, support
 from hf_tpsp.cli import main
 from hf_tpsp.styles import OneShare
-from hf_tpsp.verify import Result, verify
+from hf_tpsp.verify import Result, larger, verify
 
 MESH_1x2, MESH_2x2, MESH_1x4 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2), TPSPConfig(tp_size=4)
 
@@ -193,6 +194,16 @@ def test_all_is_resumable(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="not equal, and not refused: gpt2"):
         main([*command, "llama", "gpt2"])
     assert set(asked) == {"gpt2"} and "WRONG in h.0.attn.weight" in (tmp_path / "S.md").read_text()
+
+
+def test_an_error_that_is_no_number_is_not_lost():
+    nan = float("nan")
+    for errors in ([nan, 0.1, 0.2], [0.1, nan, 0.2], [0.1, 0.2, nan]):
+        assert functools.reduce(larger, errors, 0.0) != functools.reduce(larger, errors, 0.0), errors
+    result = Result("llama", 1, 2, 17, 131, "float32", loss=1e-7, gradient=1e-7, weights=1e-7)
+    assert result.is_equal
+    for name in ("loss", "gradient", "weights"):
+        assert not replace(result, **{name: nan}).is_equal, name
 
 
 def test_verify_is_public():
