@@ -9,6 +9,7 @@ can keep.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -53,11 +54,16 @@ def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
     return summed if held == width else summed[:, :held].contiguous()
 
 
+def chunk_of(full: Tensor, dim: int, rank: int, size: int) -> Tensor:
+    """The part of `full` that `rank` of `size` has when DTensor shards it on `dim`: the last ranks' may be shorter, or empty."""
+    width = -(-full.shape[dim] // size)
+    start = min(full.shape[dim], rank * width)
+    return full.narrow(dim, start, min(width, full.shape[dim] - start))
+
+
 def own_part(full: Tensor, mesh: DeviceMesh) -> Tensor:
     """`[batch, length, …]` → this rank's part of the sequence."""
-    width = -(-full.shape[1] // mesh.size())
-    start = min(full.shape[1], mesh.get_local_rank() * width)
-    return full[:, start : start + width].contiguous()
+    return chunk_of(full, 1, mesh.get_local_rank(), mesh.size()).contiguous()
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -93,14 +99,14 @@ def gather_sequence(x: DTensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    return _GatherSequence.apply(x)
+    return _Gather.apply(x, reduce_scatter_sequence)
 
 
 def scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> DTensor:
     """Each rank's term of a sum → the sum, as a stream. Forward: reduce-scatter. Backward: all-gather."""
     if torch.compiler.is_compiling():
         return DTensor.from_local(partial, mesh, [Partial()], run_check=False).redistribute(placements=[SEQUENCE])
-    return _ScatterSequence.apply(partial, mesh)
+    return _Scatter.apply(partial, mesh, reduce_scatter_sequence)
 
 
 def gather_whole(x: DTensor) -> Tensor:
@@ -110,14 +116,14 @@ def gather_whole(x: DTensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
-    return _GatherWhole.apply(x)
+    return _Gather.apply(x, own_part)
 
 
 def slice_sequence(full: Tensor, mesh: DeviceMesh) -> DTensor:
     """What every rank has whole → the stream. Forward: none, each rank keeps its own part. Backward: all-gather."""
     if torch.compiler.is_compiling():
         return DTensor.from_local(full, mesh, [Replicate()], run_check=False).redistribute(placements=[SEQUENCE])
-    return _SliceSequence.apply(full, mesh)
+    return _Scatter.apply(full, mesh, own_part)
 
 
 def to_local(x: DTensor) -> Tensor:
@@ -136,48 +142,30 @@ def from_local(local: Tensor, like: DTensor) -> DTensor:
     return _FromLocal.apply(local, like._spec)
 
 
-class _GatherSequence(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
+    """Stream → plain full tensor. `take` makes of a full gradient this rank's part of it."""
+
     @staticmethod
-    def forward(ctx, x: DTensor) -> Tensor:
-        ctx.spec = x._spec
+    def forward(ctx, x: DTensor, take: Callable[[Tensor, DeviceMesh], Tensor]) -> Tensor:
+        ctx.spec, ctx.take = x._spec, take
         return all_gather_sequence(x._local_tensor, x.shape[1], x._spec.mesh)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return DTensor(reduce_scatter_sequence(grad, ctx.spec.mesh), ctx.spec, requires_grad=False)
+        return DTensor(ctx.take(grad, ctx.spec.mesh), ctx.spec, requires_grad=False), None
 
 
-class _ScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, partial: Tensor, mesh: DeviceMesh) -> DTensor:
-        ctx.spec = stream_spec(mesh, partial.shape, partial.dtype)
-        return DTensor(reduce_scatter_sequence(partial, mesh), ctx.spec, requires_grad=False)
+class _Scatter(torch.autograd.Function):
+    """Plain full tensor → stream, of which `take` makes this rank's part."""
 
     @staticmethod
-    def backward(ctx, grad: DTensor):
-        return all_gather_sequence(_local(grad, ctx.spec), grad.shape[1], ctx.spec.mesh), None
-
-
-class _GatherWhole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: DTensor) -> Tensor:
-        ctx.spec = x._spec
-        return all_gather_sequence(x._local_tensor, x.shape[1], x._spec.mesh)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return DTensor(own_part(grad, ctx.spec.mesh), ctx.spec, requires_grad=False)
-
-
-class _SliceSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, full: Tensor, mesh: DeviceMesh) -> DTensor:
+    def forward(ctx, full: Tensor, mesh: DeviceMesh, take: Callable[[Tensor, DeviceMesh], Tensor]) -> DTensor:
         ctx.spec = stream_spec(mesh, full.shape, full.dtype)
-        return DTensor(own_part(full, mesh), ctx.spec, requires_grad=False)
+        return DTensor(take(full, mesh), ctx.spec, requires_grad=False)
 
     @staticmethod
     def backward(ctx, grad: DTensor):
-        return all_gather_sequence(_local(grad, ctx.spec), grad.shape[1], ctx.spec.mesh), None
+        return all_gather_sequence(_local(grad, ctx.spec), grad.shape[1], ctx.spec.mesh), None, None
 
 
 class _ToLocal(torch.autograd.Function):

@@ -41,6 +41,7 @@ from .collectives import (
     SEQUENCE,
     all_gather_sequence,
     all_reduce,
+    chunk_of,
     from_local,
     gather_sequence,
     gather_whole,
@@ -280,11 +281,11 @@ class Style:
         return value / size if self.parameter_rules.get(name) == "mean" else value
 
     @contextlib.contextmanager
-    def local_parameters(self, module: nn.Module, gradients: ReplicatedGradients, without: tuple[str, ...] = ()):
-        """While inside, the module's own parameters are plain local tensors; those in `without` are None."""
+    def local_parameters(self, module: nn.Module, gradients: ReplicatedGradients):
+        """While inside, the module's own parameters are plain local tensors."""
         params = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
         for name, param in params.items():
-            module._parameters[name] = None if name in without else self.local_value(module, name, param, gradients)
+            module._parameters[name] = self.local_value(module, name, param, gradients)
         try:
             yield
         finally:
@@ -308,13 +309,7 @@ def local_slice(full: Tensor, placement: Placement, rank: int, size: int) -> Ten
     if isinstance(placement, Replicate):
         return full
     parts = full.chunk(placement.split_factor, placement.dim) if isinstance(placement, _StridedShard) else [full]
-    return torch.cat([_chunk(part, placement.dim, rank, size) for part in parts], placement.dim)
-
-
-def _chunk(x: Tensor, dim: int, rank: int, size: int) -> Tensor:
-    width = -(-x.shape[dim] // size)
-    start = min(x.shape[dim], rank * width)
-    return x.narrow(dim, start, min(width, x.shape[dim] - start))
+    return torch.cat([chunk_of(part, placement.dim, rank, size) for part in parts], placement.dim)
 
 
 def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -556,7 +551,7 @@ class Block(Style):
         return module if any(hasattr(module, n) for n in Block.HEADS) else module.config
 
     @contextlib.contextmanager
-    def local_parameters(self, module, gradients, without=()):
+    def local_parameters(self, module, gradients):
         with contextlib.ExitStack() as stack:
             stack.enter_context(super().local_parameters(module, gradients))
             for part in self.inside:
@@ -784,27 +779,28 @@ class WholeColwise(Colwise):
 
 def gather_features(local: Tensor, module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> Tensor:
     """This rank's output features of a column-parallel layer → all of them. `gradient`: of the result, on the ranks."""
-    width = vars(module).get("_tpsp_width") or features(module)[1]
+    out = sharded_features(local, vars(module).get("_tpsp_width") or features(module)[1], mesh)
+    return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
+
+
+def sharded_features(local: Tensor, width: int, mesh: DeviceMesh) -> DTensor:
+    """This rank's of `width` output features, as the DTensor of all."""
     shape = torch.Size((*local.shape[:-1], width))
     stride = torch.empty(shape, device="meta").stride()
-    out = DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False, shape=shape, stride=stride)
-    return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
+    return DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False, shape=shape, stride=stride)
 
 
 def rows_of(parts: tuple[str, ...], rank: int, size: int) -> Tensor:
     """Indices of the output features of `rank`, of the projections `parts` that lie one after the other in a layer."""
     start, rows = 0, []
     for part in parts:
-        features, _, heads = part.partition("@")
-        features = int(features)
+        width, _, heads = part.partition("@")
+        every = torch.arange(start, start + int(width))
         if heads:  # fewer heads than ranks
-            width = features // int(heads)
-            first = rank * int(heads) // size * width
+            rows.append(every.chunk(int(heads))[rank * int(heads) // size])
         else:
-            width = -(-features // size)
-            first = min(features, rank * width)
-        rows.append(torch.arange(start + first, start + min(features, first + width)))
-        start += features
+            rows.append(chunk_of(every, 0, rank, size))
+        start += int(width)
     return torch.cat(rows)
 
 
@@ -908,11 +904,7 @@ class Head(Style):
         hidden = enter_region(args[0], gradients.mesh)
         with self.local_parameters(module, gradients):
             logits = inner(hidden)
-        shape = torch.Size((*logits.shape[:-1], module.out_features))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            logits, gradients.mesh, [Shard(logits.dim() - 1)], run_check=False, shape=shape, stride=stride
-        )
+        return sharded_features(logits, module.out_features, gradients.mesh)
 
 
 class LazyHead(Head):
