@@ -259,7 +259,7 @@ class Moments:
     head_gradients: set[int] = field(default_factory=set)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
@@ -284,7 +284,7 @@ def moments_of(model: PreTrainedModel, memory: TensorBytes) -> Iterator[Moments]
         moments.head_done = memory.now
 
     def note_gradient(grad: Tensor) -> None:
-        moments.head_gradients.add(memory.key(_local(grad)))
+        moments.head_gradients.add(memory.key(local_part(grad)))
 
     handles = [model.lm_head.register_forward_pre_hook(start_head)]
     for index, layer in enumerate(model.model.layers):
@@ -313,7 +313,7 @@ def measure_step(model: PreTrainedModel, ids: Tensor) -> dict:
     """
     with CollectiveBytes() as sent, TensorBytes() as held, moments_of(model, held) as moments:
         loss = step(model, ids)
-        gradients = [_local(p.grad) for p in model.parameters()]
+        gradients = [local_part(p.grad) for p in model.parameters()]
         keys = {held.key(grad) for grad in gradients}
         live = held.timeline(without=keys)
         in_loss = held.timeline(without=keys | moments.head_gradients)

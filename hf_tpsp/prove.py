@@ -191,7 +191,7 @@ class Twin:
         def before(name):
             def hook(module, args, kwargs):
                 open_calls.append((name, *_detached((args, kwargs))))
-                if name.removesuffix(name.rpartition(".")[2]) in self.stems:
+                if f"{name.rpartition('.')[0]}." in self.stems:
                     glue.layers_began = True
                     glue.follow(first_tensor([*args, *kwargs.values()]))
                 elif module is head:
@@ -212,11 +212,7 @@ class Twin:
                     calls[name] = Call(args, kwargs, found.detach().clone(), parameter_names(module))
                 if isinstance(module, (nn.Linear, Conv1D)) and args:
                     for outer, given, named in open_calls:
-                        streams = (
-                            Call(given, named, found).streams
-                            if first_tensor([*given, *named.values()]) is not None
-                            else []
-                        )
+                        streams = Call(given, named, found).streams
                         is_entry = (
                             bool(streams) and streams[0].shape == args[0].shape and torch.equal(streams[0], args[0])
                         )

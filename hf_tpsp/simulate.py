@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -48,7 +47,7 @@ from .chunked import ChunkedHead
 from .collectives import stream_spec
 from .compat import replace, unsharded_numels
 from .config import TPSPConfig
-from .measure import CollectiveBytes, Flops, TensorBytes, Traffic, collective_floor, fsdp_floor
+from .measure import CollectiveBytes, Flops, TensorBytes, Traffic, collective_floor, fsdp_floor, local_part
 from .parallelize import MESH_DIMS, parallelize, parallelized_model
 from .plan import decoder_layers
 from .trainer import keep_fp32_masters
@@ -120,13 +119,9 @@ class Step:
 # ---- recording -------------------------------------------------------------------------------------------------------
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def _bytes_of(tensors: list[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once."""
-    storages = {(s := _local(t).untyped_storage())._cdata: s.nbytes() for t in tensors}
+    storages = {(s := local_part(t).untyped_storage())._cdata: s.nbytes() for t in tensors}
     return sum(storages.values())
 
 
@@ -240,7 +235,7 @@ def record_step(
         with sent, computed, memory, _told_apart(memory), _alike_chunks_once(sent, computed):
             model(**batch).loss.backward()
             time.sleep(settle)
-            gradients = {memory.key(_local(p.grad)) for p in model.parameters() if p.grad is not None}
+            gradients = {memory.key(local_part(p.grad)) for p in model.parameters() if p.grad is not None}
             mark("optimizer step")
             optimizer.step()
             optimizer.zero_grad()
@@ -474,7 +469,7 @@ def _floor(model: nn.Module, choices: TPSPConfig, job: Job) -> dict[tuple[str, s
     master = next(model.parameters()).dtype.itemsize
     computed = 2 if choices.mixed_precision == "bf16" else master
     sums = model._tpsp.gradients.summed()
-    replicated = sum(_local(p).numel() for p in sums) * master
+    replicated = sum(local_part(p).numel() for p in sums) * master
     tp = collective_floor(model.config, job.batch * job.seq, choices, computed, replicated)
     if choices.tp_size == 1:
         tp = {}

@@ -1,7 +1,8 @@
 """Parity of an architecture with one process, shown on a small copy: loss, every gradient, and the weights after two steps.
 
-`verify` starts gloo ranks on this machine, builds the copy (`shrink.py`) on each, parallelizes one of two, and trains both. What it
-says holds for the architecture, whatever the sizes: the plan of the copy is the plan of the model.
+`verify` starts gloo ranks on this machine, builds the copy (`shrink.py`) on each, parallelizes one of two, and trains both. It
+says of an architecture that its layouts are right; what depends on the model's own sizes (heads, kv heads, packed widths), the plan
+checks on the model itself.
 """
 
 from __future__ import annotations
@@ -221,9 +222,7 @@ def collectives_of(layer: nn.Module) -> dict[str, int]:
     return dict(found)
 
 
-def build(
-    source: str | PreTrainedConfig, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any]
-) -> PreTrainedModel:
+def build(source: str, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any]) -> PreTrainedModel:
     """The small copy of a model type, or of what is in a checkpoint folder (its own code included)."""
     config, cls = read(source)
     text = config.get_text_config(decoder=True)
