@@ -71,6 +71,18 @@ def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return _ops.wait_tensor(_ops.all_gather_into_tensor(x, mesh.size(), mesh.get_group().group_name))
 
 
+def shard_width(length: int, size: int) -> int:
+    """Elements on each of `size` ranks but the last, which may have fewer: DTensor's way of sharding unevenly."""
+    return -(-length // size)
+
+
+def all_gather_world(x: Tensor) -> Tensor:
+    """`[n, …]` → `[world, n, …]`, of every rank of the job."""
+    world = dist.group.WORLD
+    gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), world.size(), world.group_name))
+    return gathered.view(world.size(), *x.shape)
+
+
 def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of the ranks' `x`, in a new tensor, which a model may write into."""
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", mesh.get_group().group_name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,8 @@ class TPSPConfig:
             `TrainingArguments(bf16=True)` does the same.
         reshard_after_forward: Free a layer's gathered weights after forward and gather them again in backward (ZeRO-3);
             `False` keeps them (ZeRO-2). The last layer is always kept: backward needs it first.
+        check: Compare the ranks with each other, and one block of each kind with the whole block, on the model's own input
+            (`witness.py`): in the `"first"` training forward, in `"every"` one, in every n-th (`"every:n"`), or `"off"`.
     """
 
     tp_size: int = 1
@@ -72,6 +75,7 @@ class TPSPConfig:
     async_tp: bool = False
     mixed_precision: str = "no"
     reshard_after_forward: bool = True
+    check: str = "first"
 
     def __post_init__(self):
         for name in ("tp_size", "dp_shard_size", "dp_replicate_size"):
@@ -86,6 +90,8 @@ class TPSPConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
 
+        if not re.fullmatch(r"first|off|every(:[1-9]\d*)?", self.check):
+            raise ValueError(f"check must be 'first', 'every', 'every:<n>' or 'off', got {self.check!r}.")
         if self.compile and self.activation_checkpointing != "none":
             raise ValueError(
                 f"compile=True does not combine with activation_checkpointing={self.activation_checkpointing!r}: a "

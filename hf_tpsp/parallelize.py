@@ -24,6 +24,7 @@ from .config import TPSPConfig, environment_flag
 from .plan import decoder_layers, own_parameters, plan_for, rule_for
 from .recompute import selective_contexts
 from .styles import Block, Copy, Gather, OneShare, Replica, ReplicatedGradients, Stream, style_for
+from .witness import Witness
 
 logger = logging.get_logger(__name__)
 
@@ -103,6 +104,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         _same_on_all_ranks(model, PartialState().device)
 
     gradients = ReplicatedGradients(mesh["tp"])
+    witness = Witness(model, plan, config)
     _apply_plan(model, plan, gradients, config)
     model.tie_weights()
     _check_sharded(model)
@@ -127,6 +129,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     patch_loss(model, plan.loss_parallel)
     guard.install(model, mesh["tp"])
+    witness.install(model, gradients)
     return model
 
 

@@ -71,6 +71,7 @@ class ReplicatedGradients:
         self._adapters: list[tuple[nn.Module, str]] = []
         self._averages: list[dist.ProcessGroup] = []  # of data parallelism, for the adapters
         self._graph_task = -1
+        self.once_reduced: Callable[[], bool] | None = None  # called after each backward, until it says that it is done
         self._set_aside: list[tuple[nn.Parameter, DTensor]] = []
 
     def register(self, module: nn.Module, name: str) -> None:
@@ -137,6 +138,8 @@ class ReplicatedGradients:
             _all_reduce(self._parameters(self._adapters), group, average=True)
         self._restore()
         self._graph_task = -1
+        if self.once_reduced is not None and self.once_reduced():
+            self.once_reduced = None
 
     def _restore(self) -> None:
         for param, earlier in self._set_aside:
