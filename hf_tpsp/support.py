@@ -14,9 +14,10 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .comparison import larger
 from .config import TPSPConfig
 from .ranks import RankPool
-from .verify import Result, larger, verify
+from .verify import Result, verify
 
 RUNS = (
     # An odd vocabulary and an odd length, and an MoE's auxiliary loss, which over several batches is not one process's.

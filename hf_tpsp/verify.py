@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import math
 import os
 import re
 import warnings
@@ -20,17 +19,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
+from .comparison import KeepFp64, set_training, train_beside
 from .config import TPSPConfig
 from .plan import decoder_layers
 from .ranks import RankPool
-from .recompute import Recomputed
 from .shrink import shrunk_model
 from .styles import Enter
 
@@ -93,52 +90,6 @@ class Result:
         return not self.error and all(error <= limit for error, limit in errors)  # NaN is no error that is small
 
 
-class KeepFp64(TorchFunctionMode):
-    """No cast of an fp64 tensor to fp32. transformers casts inside norms, softmax and loss, which leaves 1e-7 of rounding
-    in an fp64 comparison, and more where terms cancel; without it, what remains is error."""
-
-    def __enter__(self):
-        self._backward = backward = Recomputed.backward
-
-        def with_mode(ctx, grad):  # the autograd engine runs without the modes of its caller
-            TorchFunctionMode.__enter__(self)
-            try:
-                return backward(ctx, grad)
-            finally:
-                TorchFunctionMode.__exit__(self, None, None, None)
-
-        Recomputed.backward = staticmethod(with_mode)
-        return super().__enter__()
-
-    def __exit__(self, *exc):
-        Recomputed.backward = staticmethod(self._backward)
-        return super().__exit__(*exc)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            args = [torch.float64 if a is torch.float32 else a for a in args]
-            kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖; a zero tensor must stay zero."""
-    norm = expected.norm().item()
-    return ((found - expected).norm() / (norm or 1.0)).item()
-
-
-def larger(a: float, b: float) -> float:
-    """`max` for which an error that is not a number is the largest of all, whichever of the two it is."""
-    return a if a >= b or math.isnan(a) else b
-
-
 def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int) -> dict[str, Any]:
     """Train the model that `build` makes, and the same parallelized, on every rank. Returns fields of a `Result`."""
     from .parallelize import parallelize
@@ -149,13 +100,8 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
             for parameter in model.parameters():
                 parameter.zero_()
     parallelize(model, config)
-    for part in (reference, model):
-        part.train()
-        for module in part.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+    set_training(reference, model)
     mesh, plan = model._tpsp.mesh, model._tpsp.plan
-    row = mesh["dp_replicate"].get_local_rank() * config.dp_shard_size + mesh["dp_shard"].get_local_rank()
     vocabulary = reference.get_input_embeddings().num_embeddings
     ids = torch.randint(3, vocabulary, (2 * config.dp_size, length), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
@@ -164,44 +110,15 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
     with torch.no_grad():  # a model that computes its loss itself takes the mean, whatever number it is given
         sums = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
         sums = not torch.equal(sums, reference(input_ids=ids, labels=labels, num_items_in_batch=2 * items).loss)
-    out: dict[str, Any] = {"loss": 0.0, "gradient": 0.0, "weights": 0.0, "parameter": ""}
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-4) for m in (reference, model)]
-    for step in range(STEPS):
-        expected = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
-        expected.backward()
-        mine = {"input_ids": ids.chunk(config.dp_size)[row], "labels": labels.chunk(config.dp_size)[row]}
-        loss = model(**mine, num_items_in_batch=items).loss
-        (loss * config.dp_size if sums else loss).backward()  # FSDP averages over data parallelism
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        total = total.item() / (config.tp_size if sums else config.world_size)
-        out["loss"] = larger(out["loss"], abs(total / expected.item() - 1))
-        if step == 0:
-            gradients = {name: p.grad for name, p in reference.named_parameters()}
-            norm = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm().item()
-            rounding = 10 * torch.finfo(loss.dtype).eps * norm
-            for name, parameter in model.named_parameters():
-                if gradients[name] is None:
-                    assert parameter.grad is None or not full(parameter.grad).any(), f"{name} has a gradient"
-                    continue
-                if parameter.grad is None:
-                    error = float(gradients[name].any())
-                else:
-                    found = full(parameter.grad)
-                    if gradients[name].norm() <= rounding:  # zero but for rounding: so it must stay
-                        error = 0.0 if found.norm() <= 10 * rounding else float("inf")
-                    else:
-                        error = relative(found, gradients[name])
-                if larger(out["gradient"], error) is not out["gradient"]:
-                    out["gradient"], out["parameter"] = error, name
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for expected, found in zip(reference.parameters(), model.parameters(), strict=True):
-        out["weights"] = larger(out["weights"], relative(full(found.detach()), expected.detach()))
-    out["collectives"] = max((collectives_of(layer) for layer in decoder_layers(model)), key=lambda c: sum(c.values()))
+    steps = [[{"input_ids": ids, "labels": labels}]] * STEPS
+    errors = train_beside(reference, model, steps, config, mesh, sums=sums, rounding=True)
+    collectives = max((collectives_of(layer) for layer in decoder_layers(model)), key=lambda c: sum(c.values()))
     return {
-        **out,
+        "loss": errors.loss,
+        "gradient": errors.gradient,
+        "weights": errors.weight,
+        "parameter": errors.parameter,
+        "collectives": collectives,
         "sequence_parallel": plan.sequence_parallel,
         "loss_parallel": plan.loss_parallel,
         "notes": plan.notes,

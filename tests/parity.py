@@ -12,17 +12,19 @@ import transformers
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.verify import KeepFp64, full, larger, relative
+from hf_tpsp.comparison import Errors, KeepFp64, full, largest, relative, shard_batch, train_beside
 
-
-def dp_rank(mesh) -> int:
-    return mesh["dp_replicate"].get_local_rank() * mesh["dp_shard"].size() + mesh["dp_shard"].get_local_rank()
-
-
-def shard_batch(batch: dict, mesh) -> dict:
-    """This rank's rows: all ranks of a TP group get the same ones."""
-    size = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
-    return {name: value.chunk(size)[dp_rank(mesh)] for name, value in batch.items()}
+__all__ = [
+    "Errors",
+    "KeepFp64",
+    "compare",
+    "full",
+    "largest",
+    "relative",
+    "shard_batch",
+    "shared_folder",
+    "train_beside",
+]
 
 
 def shared_folder() -> str:
@@ -46,7 +48,7 @@ def compare(
     steps: int = 3,
     frozen: tuple[str, ...] = (),
     settings: dict | None = None,
-) -> dict[str, float]:
+) -> Errors:
     """Largest relative errors: of the loss, over all gradients, over the weights after `steps` of AdamW."""
     with KeepFp64() if dtype == torch.float64 else contextlib.nullcontext():
         return _compare(
@@ -79,42 +81,4 @@ def _compare(model_type, config, dtype, length, tied, load, padding, packed, acc
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(not name.endswith(frozen) if frozen else True)
 
-    def optimizer(part):
-        # Weights whose gradient is rounding alone (a key's bias) get random signs from Adam: eps keeps them still.
-        return torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
-
-    optimizers = optimizer(reference), optimizer(model)
-    errors = {"loss": 0.0, "grad": 0.0, "norm": 0.0, "weight": 0.0}
-    worst = ""
-    for step in range(steps):
-        items = sum((b["labels"][:, 1:] != -100).sum() for b in data)
-        expected = found = 0.0
-        for b in data:
-            loss = reference(**b, num_items_in_batch=items).loss
-            loss.backward()
-            expected += loss.item()
-            loss = model(**shard_batch(b, mesh), num_items_in_batch=items).loss
-            (loss * config.dp_size).backward()  # FSDP averages over data parallelism
-            found += loss.item()
-        total = torch.tensor(found, dtype=torch.float64)
-        dist.all_reduce(total)
-        errors["loss"] = larger(errors["loss"], abs(total.item() / config.tp_size / expected - 1))
-        if step == 0:
-            expected_grads = {n: p.grad for n, p in reference.named_parameters()}
-            assert expected_grads.keys() == {n for n, _ in model.named_parameters()}
-            for name, parameter in model.named_parameters():
-                if expected_grads[name] is None:
-                    assert parameter.grad is None, f"{name} is frozen, but has a gradient"
-                    continue
-                error = relative(full(parameter.grad), expected_grads[name])
-                if larger(errors["grad"], error) is not errors["grad"]:
-                    errors["grad"], worst = error, name
-        norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0) for part in (reference, model)]
-        errors["norm"] = larger(errors["norm"], abs(full(norms[1]).item() / norms[0].item() - 1))
-        for opt in optimizers:
-            opt.step()
-            opt.zero_grad()
-    for expected_weight, found_weight in zip(reference.parameters(), model.parameters(), strict=True):
-        error = relative(full(found_weight.detach()), expected_weight.detach())
-        errors["weight"] = larger(errors["weight"], error)
-    return {**errors, "worst": worst}
+    return train_beside(reference, model, [data] * steps, config, mesh, clip=1.0)

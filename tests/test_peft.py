@@ -65,7 +65,9 @@ def adapted(model_type: str, config: TPSPConfig, first: str, dtype, settings=Non
     return model
 
 
-def compare(model_type, config, first="sharded", dtype=torch.float32, settings=None, **options) -> dict:
+def compare(
+    model_type, config, first="sharded", dtype=torch.float32, settings=None, **options
+) -> tuple[float, parity.Errors]:
     torch_mode = parity.KeepFp64() if dtype == torch.float64 else parity.contextlib.nullcontext()
     with torch_mode:
         return _compare(model_type, config, first, dtype, settings, options)
@@ -77,37 +79,15 @@ def _compare(model_type, config, first, dtype, settings, options):
     reference = get_peft_model(base, lora(**options))
     model = adapted(model_type, config, first, dtype, settings, **options)
     pairs = list(zip(reference.named_parameters(), model.named_parameters(), strict=True))
-    init = max(parity.relative(parity.full(b.detach()), a.detach()) for (_, a), (_, b) in pairs)
+    init = parity.largest(parity.relative(parity.full(b.detach()), a.detach()) for (_, a), (_, b) in pairs)
     for part in (reference, model):
         randomize(part)
         part.train()
     mesh = parallelized_model(model)._tpsp.mesh
-    optimizers = [torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
-                  for part in (reference, model)]  # fmt: skip
-    errors = {"init": init, "loss": 0.0, "grad": 0.0, "norm": 0.0, "weight": 0.0}
-    for step in range(3):
-        for micro in range(2):  # accumulated
-            data = models.batch(4, 17, seed=10 * step + micro)
-            items = (data["labels"][:, 1:] != -100).sum()
-            expected = reference(**data, num_items_in_batch=items).loss
-            expected.backward()
-            found = model(**parity.shard_batch(data, mesh), num_items_in_batch=items).loss
-            (found * config.dp_size).backward()
-            total = found.detach().double().clone()
-            dist.all_reduce(total)
-            errors["loss"] = max(errors["loss"], abs(total.item() / config.tp_size / expected.item() - 1))
-        for (name, a), (_, b) in pairs:
-            assert a.requires_grad == b.requires_grad == is_trained(name) and isinstance(b, DTensor), name
-            if a.grad is not None and not (error := parity.relative(parity.full(b.grad), a.grad)) <= errors["grad"]:
-                errors["grad"], errors["worst"] = error, name
-        norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0) for part in (reference, model)]
-        errors["norm"] = max(errors["norm"], abs(parity.full(norms[1]).item() / norms[0].item() - 1))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for (_, a), (_, b) in pairs:
-        errors["weight"] = max(errors["weight"], parity.relative(parity.full(b.detach()), a.detach()))
-    return errors
+    steps = [[models.batch(4, 17, seed=10 * step + micro) for micro in range(2)] for step in range(3)]  # accumulated
+    for (name, a), (_, b) in pairs:
+        assert a.requires_grad == b.requires_grad == is_trained(name) and isinstance(b, DTensor), name
+    return init, parity.train_beside(reference, model, steps, config, mesh, clip=1.0, every_gradient=True)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +107,9 @@ def test_gradients(ranks, model_type, config, first):
         check(errors)
 
 
-def check(errors: dict, limit: float = 1e-5, weights_limit: float = 1e-4) -> None:
-    assert errors["init"] == 0
-    assert max(errors["loss"], errors["grad"], errors["norm"]) < limit and errors["weight"] < weights_limit, errors
+def check(result: tuple[float, parity.Errors], limit: float = 1e-5, weights_limit: float = 1e-4) -> None:
+    init, errors = result
+    assert init == 0 and errors.within(limit, weights_limit), result
 
 
 def compare_all(cases: list[tuple[str, dict]], config: TPSPConfig) -> dict[str, dict]:

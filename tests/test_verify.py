@@ -11,8 +11,9 @@ import transformers
 import hf_tpsp
 from hf_tpsp import TPSPConfig, support
 from hf_tpsp.cli import main
+from hf_tpsp.comparison import larger
 from hf_tpsp.styles import OneShare
-from hf_tpsp.verify import Result, larger, verify
+from hf_tpsp.verify import Result, verify
 
 MESH_1x2, MESH_2x2, MESH_1x4 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2), TPSPConfig(tp_size=4)
 
