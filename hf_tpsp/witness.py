@@ -20,6 +20,7 @@ import copy
 import functools
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -33,7 +34,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from .collectives import all_gather_world, shard_width
@@ -48,6 +49,7 @@ LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.
 order of 1; fp64 cannot be asked for more, because transformers casts to fp32 inside norms and softmax."""
 LIMIT_TF32 = 1e-2
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "hf_tpsp")
+DRAWS = "it draws random numbers, or has no gradient"
 PIECE = 2**22
 """Elements that are hashed at a time: the hash needs 16 bytes for each."""
 
@@ -113,6 +115,7 @@ class Witness:
         compare_state(self.model, self.mesh)
         parameters = dict(self.model.named_parameters())
         errors: dict[str, list[Tensor]] = {}
+        self.reasons: dict[str, str] = {}
         with self._armed(errors):
             output = inner(*args, **kwargs)
         self._judge_blocks(errors)
@@ -131,7 +134,10 @@ class Witness:
         def hook(name: str):
             def before(module, args, kwargs):
                 if name not in errors:
-                    errors[name] = _compare_with_whole(self.wholes[name], module, args, kwargs, self.mesh)
+                    try:
+                        errors[name] = _compare_with_whole(self.wholes[name], module, args, kwargs, self.mesh)
+                    except Exception as error:  # of a module that cannot be run by itself; its own run will tell
+                        errors[name], self.reasons[name] = [], f"{type(error).__name__}: {error}".splitlines()[0]
 
             return before
 
@@ -177,10 +183,10 @@ class Witness:
                     )
         left_out = [n for n, compared in zip(names, table[:, 2].tolist(), strict=True) if not compared]
         if left_out and dist.get_rank() == 0:
-            logger.warning_once(
-                f"hf_tpsp: not compared with their whole in the first step: {', '.join(left_out)} "
-                "(not called, or they draw random numbers)."
+            named = ", ".join(
+                f"{n} ({self.reasons.get(n, 'not called' if n not in errors else DRAWS)})" for n in left_out
             )
+            logger.warning_once(f"hf_tpsp: not compared with the whole block in the first step: {named}.")
 
     def _compare_alike(self, loss: Tensor | None) -> None:
         found = {"the loss": loss} if isinstance(loss, Tensor) and loss.dim() == 0 and type(loss) is Tensor else {}
@@ -365,6 +371,7 @@ def _skeleton(module: nn.Module) -> nn.Module:
     }
     whole = copy.deepcopy(module, memo)
     for part in whole.modules():
+        part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
         for name in _random_rates(part):
             setattr(part, name, 0.0)
     return whole
@@ -378,16 +385,19 @@ def _random_rates(part: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """While inside, `module` has no dropout and its adapters are off; and what is computed is seen by no dispatch mode and kept by
-    no checkpointing of the caller's, and moves no generator."""
+    """While inside, `module` has no dropout and its adapters are off; and what is computed is seen by no hook (transformers records
+    routers' logits by them) and no dispatch mode, kept by no checkpointing of the caller's, and moves no generator."""
     before = [(part, name, getattr(part, name)) for part in module.modules() for name in _random_rates(part)]
     # peft's layers, which run their base alone then. It has no public switch that leaves requires_grad alone.
     before += [
         (part, "_disable_adapters", False) for part in module.modules() if vars(part).get("_disable_adapters") is False
     ]
+    hooks = [(part, part._forward_hooks, part._forward_pre_hooks) for part in module.modules()]
     try:
         for part, name, value in before:
             setattr(part, name, True if value is False else 0.0)
+        for part, *_ in hooks:
+            part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
         with (
             _disable_current_modes(),
             saved_tensors_hooks(lambda x: x, lambda x: x),
@@ -398,6 +408,8 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     finally:
         for part, name, value in before:
             setattr(part, name, value)
+        for part, after, pre in hooks:
+            part._forward_hooks, part._forward_pre_hooks = after, pre
 
 
 def _compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs: dict, mesh) -> list:
@@ -405,7 +417,7 @@ def _compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs
     draws random numbers or has no gradient to compare."""
     with _undisturbed(module):
         whole.train(module.training)
-        if isinstance(module, nn.Embedding):
+        if isinstance(module._tpsp_style, Embedding):
             return _compare_lookup(whole, module, args, kwargs, mesh)
         values = {name: _full(_counterpart(module, name)) for name, _ in _tensors(whole)}
         start = torch.get_rng_state()
@@ -452,6 +464,8 @@ def _with_leaf(args: tuple, kwargs: dict, keep: bool) -> tuple[tuple, dict, Tens
         return x if keep else _full(x)
 
     args, kwargs = tree_map_only(Tensor, own, (args, kwargs))
+    args = tuple(None if isinstance(x, Cache) else x for x in args)  # a cache must not take keys and values twice
+    kwargs = {name: None if isinstance(x, Cache) else x for name, x in kwargs.items()}
     given = [*args, *kwargs.values()]
     streams = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()]
     stream = next((x for x in streams if isinstance(x, DTensor)), kwargs.get("hidden_states"))
