@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict] = {
     "selective": {"activation_checkpointing": "selective"},
     "full": {"activation_checkpointing": "full"},
     "compile": {"compile": True},
+    "witnessed": {"check": "every"},  # the check that "chunked" has in its first step, in every step
 }
 DEFAULT = ["native", "fsdp2", "loss_parallel", "chunked", "chunked-keep"]
 MIB = 2**20
