@@ -38,6 +38,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from .collectives import all_gather_world, shard_width
+from .compat import sharded_parameter
 from .config import TPSPConfig
 from .plan import rule_for, wildcard
 from .styles import STYLES, Block, Embedding, Norm, Replica, ReplicatedGradients
@@ -113,7 +114,7 @@ class Witness:
     def _checked(self, inner, args: tuple, kwargs: dict) -> Any:
         compare_setup(self.config, self.plan, self.model, self.mesh)
         compare_state(self.model, self.mesh)
-        parameters = dict(self.model.named_parameters())
+        parameters = sharded_parameters(self.model)
         errors: dict[str, list[Tensor]] = {}
         self.reasons: dict[str, str] = {}
         with self._armed(errors):
@@ -269,9 +270,19 @@ def _first_difference(text: str, other: str) -> str:
     return f"…{text[max(0, at - 20) : at + 40]}…"
 
 
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters as the optimizer knows them: inside the model's forward, FSDP has put gathered ones in some places."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, module in model.named_modules():
+        for name in module._parameters:
+            if (parameter := sharded_parameter(module, name)) is not None:
+                found.setdefault(id(parameter), (f"{prefix}.{name}".lstrip("."), parameter))
+    return dict(found.values())
+
+
 def compare_state(model: PreTrainedModel, mesh) -> None:
     """Raise `RuntimeError` on all ranks if two of them hold other values of the same piece of a parameter, or of a buffer."""
-    shared = {n: p for n, p in model.named_parameters() if isinstance(p, DTensor) and _replicates(p)}
+    shared = {n: p for n, p in sharded_parameters(model).items() if isinstance(p, DTensor) and _replicates(p)}
     buffers = dict(model.named_buffers())
     tensors = [p._local_tensor for p in shared.values()] + list(buffers.values())
     if not tensors:
