@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import hf_tpsp
-from hf_tpsp import TPSPConfig, styles
+from hf_tpsp import TPSPConfig, chunked, collectives, styles
 from hf_tpsp.measure import CollectiveBytes
 
 MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
@@ -43,6 +43,9 @@ def without_reduction(style: str, config: TPSPConfig) -> str:
         patch = mock.patch.object(
             styles.Embedding, "leave_region", lambda self, x, mesh: styles.slice_sequence(x, mesh)
         )
+    elif style == "Head":  # the gradient of the hidden states
+        own = lambda self, partial: collectives.own_part(partial.view(self.shape), self.mesh)  # noqa: E731
+        patch = mock.patch.object(chunked.ChunkedHead, "scatter", own)
     elif style == "Gather.enter_region":  # the input's gradient
         patch = mock.patch.object(styles, "gather_sequence", styles.gather_whole)
     else:
@@ -61,6 +64,7 @@ def without_reduction(style: str, config: TPSPConfig) -> str:
             "the gradient of model.layers.0.input_layernorm.weight is another on rank 1 than on rank 0",
         ),
         ("Gather.leave_region", "the output is off by"),
+        ("Head", "lm_head (Linear, laid out as 'lazy_head')"),
         ("Embedding", "model.embed_tokens (Embedding, laid out as 'embedding')"),
         ("Gather.enter_region", "the gradient of its input is off by"),
     ],
@@ -127,9 +131,9 @@ def other_environment(what: str) -> str:
         model = parallelized(TPSPConfig(tp_size=2, regather_inputs=rank == 0))
     elif what == "versions":
         model = parallelized(config)
-        real = hf_tpsp.witness.version
+        real = hf_tpsp.witness.alike.version
         with mock.patch.object(
-            hf_tpsp.witness, "version", lambda name: "9.9" if rank and name == "peft" else real(name)
+            hf_tpsp.witness.alike, "version", lambda name: "9.9" if rank and name == "peft" else real(name)
         ):
             return step(model)
     else:
@@ -152,7 +156,7 @@ def test_ranks_that_run_something_else(ranks, what, says):
         assert says in text
 
 
-def collectives(check: str) -> list[int]:
+def counted(check: str) -> list[int]:
     model = parallelized(TPSPConfig(tp_size=2, check=check))
     counts = []
     for _ in range(5):
@@ -164,7 +168,7 @@ def collectives(check: str) -> list[int]:
 
 def test_when_it_runs(ranks):
     (off, _), (first, _), (every, _), (second, _) = (
-        ranks.run(2, collectives, check) for check in ("off", "first", "every", "every:2")
+        ranks.run(2, counted, check) for check in ("off", "first", "every", "every:2")
     )
     assert len(set(off)) == 1 and first[1:] == off[1:] and first[0] > off[0] and every == [first[0]] * 5
     assert second == [first[0], off[0], first[0], off[0], first[0]]

@@ -1,0 +1,153 @@
+"""What ranks must hold alike, compared: each rank's share is a few int64, and one gather over the job shows them to all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import PreTrainedModel
+
+from ..collectives import all_gather_world
+from ..compat import sharded_parameter
+from ..config import TPSPConfig
+
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "hf_tpsp")
+PIECE = 2**22
+"""Elements that are hashed at a time: the hash needs 16 bytes for each."""
+
+
+def compare_setup(config: TPSPConfig, plan: dict[str, str], model: PreTrainedModel, mesh) -> None:
+    """Raise `ValueError` on all ranks unless they run the same versions, config, plan and model config."""
+    given = {
+        **{f"the version of {name}": version(name) for name in LIBRARIES},
+        **{f"TPSPConfig's {name}": repr(value) for name, value in vars(config).items()},
+        "the plan": json.dumps(dict(plan), sort_keys=True),
+        "the model's class": type(model).__name__,
+        "the model's config": model.config.to_json_string(),
+    }
+    digests = [
+        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True) for text in given.values()
+    ]
+    table = all_gather_world(torch.tensor(digests, device=mesh.device_type)).cpu()
+    if (table == table[0]).all():
+        return
+    everyones: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, given)
+    for name in given:
+        for rank, theirs in enumerate(everyones):
+            if theirs[name] != everyones[0][name]:
+                values = [t[name] if len(t[name]) < 80 else _first_difference(t[name], o[name])
+                          for t, o in ((theirs, everyones[0]), (everyones[0], theirs))]  # fmt: skip
+                raise ValueError(
+                    f"hf_tpsp: {name} is {values[0]} on rank {rank}, but {values[1]} on rank 0. All ranks must run the same script "
+                    "in the same environment."
+                )
+
+
+def _first_difference(text: str, other: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return f"…{text[max(0, at - 20) : at + 40]}…"
+
+
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters as the optimizer knows them: inside the model's forward, FSDP has put gathered ones in some places."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, module in model.named_modules():
+        for name in module._parameters:
+            if (parameter := sharded_parameter(module, name)) is not None:
+                found.setdefault(id(parameter), (f"{prefix}.{name}".lstrip("."), parameter))
+    return dict(found.values())
+
+
+def compare_state(model: PreTrainedModel, mesh) -> None:
+    """Raise `RuntimeError` on all ranks if two of them hold other values of the same piece of a parameter, or of a buffer."""
+    shared = {n: p for n, p in sharded_parameters(model).items() if isinstance(p, DTensor) and is_replicated(p)}
+    buffers = dict(model.named_buffers())
+    tensors = [p._local_tensor for p in shared.values()] + list(buffers.values())
+    if not tensors:
+        return
+    table = all_gather_world(torch.stack([bits(x.detach()).to(mesh.device_type) for x in tensors])).cpu()
+    groups = [holders(p) for p in shared.values()] + [tp_groups(mesh)] * len(buffers)
+    for column, (name, holding) in enumerate(zip([*shared, *buffers], groups, strict=True)):
+        if (ranks := odd_ranks(table[:, column], holding)) is not None:
+            raise RuntimeError(
+                f"hf_tpsp: {name} has other values on rank {ranks[0]} than on rank {ranks[1]}, though both hold the same part of it, "
+                "so they would train different models. Load the same folder on every rank, and change weights on all of them "
+                "alike."
+            )
+
+
+def bits(x: Tensor) -> Tensor:
+    """One int64 that depends on every bit of `x`, its place and the number of elements. No synchronization."""
+    if x.dtype == torch.bool or x.element_size() == 1:
+        flat = x.contiguous().reshape(-1).view(torch.uint8)
+    elif x.is_complex():
+        flat = (
+            torch.view_as_real(x).contiguous().reshape(-1).view(torch.int64 if x.element_size() == 16 else torch.int32)
+        )
+    else:
+        flat = x.contiguous().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    total = torch.full((), x.numel(), dtype=torch.int64, device=x.device)
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE].long()
+        places = torch.arange(start + 1, start + 1 + piece.numel(), device=x.device)
+        # A multiplicative hash modulo 2**64 (Knuth, TAOCP 3, 6.4).
+        mixed = (piece + 1) * places * -7046029254386353131
+        total += ((mixed ^ (mixed >> 29)) * -4417276706812531889).sum()
+    return total
+
+
+def outline(local: Tensor | None) -> Tensor:
+    """`[2]` int64 that hold what is compared of a gradient: its norm, and its product with fixed numbers, both fp64. None is
+    none: infinite, and so equal to itself only."""
+    if local is None:
+        return torch.full((2,), torch.inf, dtype=torch.float64).view(torch.int64)
+    local = local.detach().reshape(-1)
+    norm, product = local.new_zeros((), dtype=torch.float64), local.new_zeros((), dtype=torch.float64)
+    for start in range(0, local.numel(), PIECE):
+        piece = local[start : start + PIECE].double()
+        # As good as random, and no generator moves: fractional parts of multiples of the golden ratio (Weyl).
+        places = torch.arange(start, start + piece.numel(), device=local.device, dtype=torch.float64)
+        product = product + piece @ ((places * 0.6180339887498949).frac() - 0.5)
+        norm = norm + piece.square().sum()
+    return torch.stack([norm.sqrt(), product]).view(torch.int64)
+
+
+def is_replicated(parameter: DTensor) -> bool:
+    sizes = parameter.device_mesh.mesh.shape
+    return any(isinstance(p, Replicate) and n > 1 for p, n in zip(parameter.placements, sizes, strict=True))
+
+
+def holders(parameter: DTensor) -> Tensor:
+    """`[groups, ranks]`: the ranks of each group hold the same piece of `parameter`."""
+    ranks = parameter.device_mesh.mesh
+    alike = [i for i, p in enumerate(parameter.placements) if isinstance(p, Replicate)]
+    apart = [i for i in range(ranks.dim()) if i not in alike]
+    size = int(torch.tensor([ranks.shape[i] for i in alike]).prod()) if alike else 1
+    return ranks.permute(*apart, *alike).reshape(-1, size)
+
+
+def tp_groups(mesh) -> Tensor:
+    """`[groups, tp]`: the ranks of each TP group. TP ranks are consecutive (`MESH_DIMS`)."""
+    return torch.arange(dist.get_world_size()).view(-1, mesh.size())
+
+
+def odd_ranks(values: Tensor, groups: Tensor, limit: float | None = None) -> tuple[int, int] | None:
+    """A rank whose entry of `values` `[world, …]` differs from that of the first rank of its group, and that rank; None if none
+    does. With a `limit`, `values` are `_outline`s, which may differ by so much of their norm."""
+    found = values[groups]
+    differs = found != found[:, :1]
+    if limit is not None:
+        numbers = found.view(torch.float64)
+        off = (numbers - numbers[:, :1]).abs() / numbers[..., :1].amax(1, keepdim=True)
+        differs &= ~(off <= limit)  # NaN is not small, but NaN that all have alike is one process's too
+    differs = differs.flatten(2).any(2) if differs.dim() > 2 else differs
+    if not differs.any():
+        return None
+    group, rank = differs.nonzero()[0].tolist()
+    return int(groups[group, rank]), int(groups[group, 0])
