@@ -84,7 +84,7 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
 
 def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs: dict, mesh) -> list:
     """Relative differences of `module`'s output and of its input's gradient from those of `whole`, and their limit; empty if it
-    draws random numbers or has no gradient to compare."""
+    draws random numbers."""
     with _undisturbed(module):
         whole.train(module.training)
         style = _unwrapped(module)._tpsp_style
@@ -99,8 +99,13 @@ def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs:
         draws = not torch.equal(start, torch.get_rng_state())
         whole_args, whole_kwargs, whole_x = _with_leaf(args, kwargs, keep=False)
         expected = first_tensor(functional_call(whole, values, whole_args, whole_kwargs))
-        if draws or not out.requires_grad:
+        limit = limit_of(expected.dtype, expected.device)
+        if draws:
             return []
+        if x is None or not expected.requires_grad:
+            return [relative_error(out, expected), 0.0, limit]
+        if not out.requires_grad:
+            return [relative_error(out, expected), torch.inf, limit]
         # Any direction will do, but for a norm's own output, along which it does not change.
         direction = (
             torch.cos(torch.arange(expected.numel(), device=expected.device)).view_as(expected).to(expected.dtype)
@@ -109,7 +114,6 @@ def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs:
         if isinstance(out, DTensor):
             direction = distribute_tensor(direction, out.device_mesh, out.placements, src_data_rank=None)
         (grad,) = torch.autograd.grad(out, x, direction)
-        limit = limit_of(expected.dtype, expected.device)
         return [relative_error(out, expected), relative_error(grad, expected_grad), limit]
 
 
@@ -148,7 +152,7 @@ def _compare_head(head: nn.Module, stream: Tensor, mesh) -> list:
     return [relative_error(loss, expected), relative_error(grad, expected_grad), limit_of(some.dtype, some.device)]
 
 
-def _with_leaf(args: tuple, kwargs: dict, keep: bool) -> tuple[tuple, dict, Tensor]:
+def _with_leaf(args: tuple, kwargs: dict, keep: bool) -> tuple[tuple, dict, Tensor | None]:
     """The arguments, copied, with gradients for the stream alone, which is returned too. `keep`: DTensors stay DTensors."""
 
     def own(x: Tensor) -> Tensor:
@@ -161,8 +165,9 @@ def _with_leaf(args: tuple, kwargs: dict, keep: bool) -> tuple[tuple, dict, Tens
     given = [*args, *kwargs.values()]
     streams = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()]
     stream = next((x for x in streams if isinstance(x, DTensor)), kwargs.get("hidden_states"))
-    stream = streams[0] if not isinstance(stream, Tensor) else stream
-    return args, kwargs, stream.requires_grad_()
+    if not isinstance(stream, Tensor):
+        stream = streams[0] if streams else None  # an embedding is given none
+    return args, kwargs, None if stream is None else stream.requires_grad_()
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

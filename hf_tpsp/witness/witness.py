@@ -47,7 +47,7 @@ from .whole import compare_with_whole, limit_of, skeleton
 
 logger = logging.get_logger(__name__)
 
-DRAWS = "it draws random numbers, or has no gradient"
+DRAWS, NOT_CALLED = "it draws random numbers", "it was not called"
 
 
 class Witness:
@@ -178,10 +178,10 @@ class Witness:
                         "code that depends on a real size, or that mixes positions of the sequence. " + _WAY_OUT
                     )
         compared = table[:, 2].tolist()
-        why = {name: self.reasons.get(name, DRAWS if name in errors else "it was not called") for name in names}
+        why = {name: self.reasons.get(name, DRAWS if name in errors else NOT_CALLED) for name in names}
         self.left_out = {name: why[name] for name, done in zip(names, compared, strict=True) if not done}
-        if self.left_out and dist.get_rank() == 0:
-            named = ", ".join(f"{name} ({reason})" for name, reason in self.left_out.items())
+        named = ", ".join(f"{name} ({reason})" for name, reason in self.left_out.items() if reason != NOT_CALLED)
+        if named and dist.get_rank() == 0:
             logger.warning_once(f"hf_tpsp: not compared with the whole module in the first step: {named}.")
 
     def _compare_alike(self, loss: Tensor | None) -> None:
