@@ -162,7 +162,8 @@ class ChunkedHead:
 
     def gradient_(self, x: Tensor, scale: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
         """Gradient of `Σ upstream * nll`, in the place of `x`, where `scale * x` are the probabilities."""
-        upstream = upstream * (labels != self.ignore_index)
+        # Not a product: a step without a label divides by 0, and one process has gradients of exactly 0 then.
+        upstream = torch.where(labels != self.ignore_index, upstream, 0)
         owned, local = self.owned(labels, x.shape[1])
         x.mul_((scale * upstream).unsqueeze(1))
         if self.smoothing:
@@ -226,7 +227,7 @@ class _SummedLoss(torch.autograd.Function):
                 grads.add(chunk, grad, raw, shaped, full[chunk], weight)
             raw = shaped = x = grad = None  # before the next chunk is made
         if grads is not None:
-            ctx.grads = grads
+            ctx.grads, ctx.any_label = grads, (labels != head.ignore_index).any()
             if grads.hidden is not None:
                 grads.hidden = head.scatter(grads.hidden)
         return total / divisor
@@ -238,6 +239,7 @@ class _SummedLoss(torch.autograd.Function):
             raise RuntimeError(
                 "The chunked loss frees its gradients in its first backward; there can be no second one."
             )
+        upstream = torch.where(ctx.any_label, upstream, 0)
         hidden, weight, bias = (
             None if grad is None else grad.mul_(upstream) for grad in (grads.hidden, grads.weight, grads.bias)
         )

@@ -66,21 +66,15 @@ def own_part(full: Tensor, mesh: DeviceMesh) -> Tensor:
     return chunk_of(full, 1, mesh.get_local_rank(), mesh.size()).contiguous()
 
 
-def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """`[n, …]` → `[size * n, …]`, rank after rank."""
-    return _ops.wait_tensor(_ops.all_gather_into_tensor(x, mesh.size(), mesh.get_group().group_name))
+def all_gather(x: Tensor, over: DeviceMesh | dist.ProcessGroup) -> Tensor:
+    """`[n, …]` → `[size * n, …]`, rank after rank of a one-dimensional mesh or of a group."""
+    group = over.get_group() if isinstance(over, DeviceMesh) else over
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
 
 
 def shard_width(length: int, size: int) -> int:
     """Elements on each of `size` ranks but the last, which may have fewer: DTensor's way of sharding unevenly."""
     return -(-length // size)
-
-
-def all_gather_world(x: Tensor) -> Tensor:
-    """`[n, …]` → `[world, n, …]`, of every rank of the job."""
-    world = dist.group.WORLD
-    gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), world.size(), world.group_name))
-    return gathered.view(world.size(), *x.shape)
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -311,6 +311,21 @@ def _patch_track_tokens(original):
     return _track_num_input_tokens
 
 
+def _patch_num_items(original):
+    """transformers 5.23 (trainer.py, `_get_num_items_in_batch`) divides the count by the TP ranks, which it has been
+    multiplied by only where it was gathered over all ranks (`average_tokens_across_devices`). Delete when it divides
+    there."""
+
+    @functools.wraps(original)
+    def _get_num_items_in_batch(self, *args, **kwargs):
+        items = original(self, *args, **kwargs)
+        if items is not None and not self.args.average_tokens_across_devices:
+            items = items * self.get_tp_size()
+        return items
+
+    return _get_num_items_in_batch
+
+
 def _patch_store_flos(original):
     """transformers 5.23 (trainer.py, `store_flos`) sums the FLOPs of all ranks, TP ranks of one batch included. Delete
     when it divides by `get_tp_size()`."""
@@ -376,4 +391,5 @@ def install() -> Callable[[], None]:
         (transformers.Trainer, "_push_from_checkpoint", _patch_push),
         (transformers.Trainer, "_track_num_input_tokens", _patch_track_tokens),
         (transformers.Trainer, "store_flos", _patch_store_flos),
+        (transformers.Trainer, "_get_num_items_in_batch", _patch_num_items),
     )

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from . import compat
 from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
 from .collectives import SEQUENCE
+from .guard import require_inside
 from .logits import LazyLogits, stay_unread
 
 IGNORE_INDEX = -100
@@ -78,12 +79,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         loss = loss.detach().to_local()
         if smoothing:
             loss, grad = _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, smoothing)
-        ctx.save_for_backward(grad.to(dtype) if needs_grad else None)
+        ctx.save_for_backward(grad.to(dtype) if needs_grad else None, labels != ignore_index)
         return loss.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        (grad,) = ctx.saved_tensors
+        grad, valid = ctx.saved_tensors
+        upstream = torch.where(valid, upstream, 0)  # which is infinite where there is no label at all
         return (grad * upstream.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
 
 
@@ -133,7 +135,7 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: logits that are not vocabulary-sharded, labels of another shape, an unknown reduction.
     """
-    _check(logits, labels)
+    _check(logits, labels, ignore_index)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}.")
     flat = labels.reshape(-1).to(logits.device)
@@ -162,14 +164,14 @@ def vocab_parallel_statistics(
     Arguments as in `vocab_parallel_cross_entropy`. The tensors of the result have the shape of `labels`; the gradient
     of `nll` is exact for any upstream gradient; the others have none.
     """
-    _check(logits, labels)
+    _check(logits, labels, ignore_index)
     head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
     found = token_statistics(head, *tensors, labels.reshape(-1).to(logits.device))
     nll, *others = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1, found.mean_logit))
     return TokenStatistics(logits.hook(nll), *others)
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
+def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     if not isinstance(logits, LazyLogits) and (
         not isinstance(logits, DTensor)
         or len(logits.placements) != 1
@@ -179,6 +181,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"logits must be a DTensor sharded on its last dimension over one mesh dim, got {found}.")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} do not match logits {tuple(logits.shape)}.")
+    require_inside("labels", labels, logits.shape[-1], ignore_index)
 
 
 def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, statistics: bool):

@@ -128,7 +128,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     from .loss import patch_loss
 
     patch_loss(model, plan.loss_parallel)
-    guard.install(model, mesh["tp"])
+    guard.install(model, mesh)
     witness.install(model, gradients)
     return model
 

@@ -50,6 +50,7 @@ from .collectives import (
     to_local,
 )
 from .config import TPSPConfig
+from .guard import require_inside
 from .logits import LazyLogits
 from .recompute import Recomputed, Region
 
@@ -360,6 +361,7 @@ class Embedding(Style):
 
     def run(self, module, inner, gradients, args, kwargs):
         (ids,) = args or kwargs.values()
+        require_inside("input_ids", ids, module.num_embeddings)
         start, rows = module._tpsp_rows
         ids = ids - start
         foreign = (ids < 0) | (ids >= rows)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.guard import fingerprint
+from hf_tpsp.fingerprint import fingerprint
 
 
 def mixed_up(what: str) -> tuple[str, bool]:

@@ -16,6 +16,7 @@ from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..compat import replace
+from ..guard import beside
 from ..logits import unread
 from ..loss import IGNORE_INDEX, vocab_parallel_statistics
 from ..parallelize import is_parallelized, parallelized_model
@@ -78,7 +79,7 @@ def fused_forward(forward: Callable, temperature: float = 1.0) -> Callable:
         if not fused_lm_head:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             return forward(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
-        with unread():
+        with unread(), beside(labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch):
             output = forward(*args, **{**kwargs, "use_cache": False})
         if shift_labels is None:  # as TRL does: one position less
             targets, positions = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), slice(0, -1)

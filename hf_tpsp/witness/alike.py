@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.metadata import version
 
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
-from ..collectives import all_gather_world
+from ..collectives import all_gather
 from ..compat import sharded_parameter
 from ..config import TPSPConfig
+from ..fingerprint import PIECE, fingerprint, fingerprint_of_text
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "hf_tpsp")
-PIECE = 2**22
-"""Elements that are hashed at a time: the hash needs 16 bytes for each."""
 
 
 def compare_setup(config: TPSPConfig, plan: dict[str, str], model: PreTrainedModel, mesh) -> None:
@@ -30,10 +28,8 @@ def compare_setup(config: TPSPConfig, plan: dict[str, str], model: PreTrainedMod
         "the model's class": type(model).__name__,
         "the model's config": model.config.to_json_string(),
     }
-    digests = [
-        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True) for text in given.values()
-    ]
-    table = all_gather_world(torch.tensor(digests, device=mesh.device_type)).cpu()
+    digests = [fingerprint_of_text(text) for text in given.values()]
+    table = gather_over_world(torch.tensor(digests, device=mesh.device_type))
     if (table == table[0]).all():
         return
     everyones: list = [None] * dist.get_world_size()
@@ -71,7 +67,7 @@ def compare_state(model: PreTrainedModel, mesh) -> None:
     tensors = [p._local_tensor for p in shared.values()] + list(buffers.values())
     if not tensors:
         return
-    table = all_gather_world(torch.stack([bits(x.detach()).to(mesh.device_type) for x in tensors])).cpu()
+    table = gather_over_world(torch.stack([fingerprint(x).to(mesh.device_type) for x in tensors]))
     groups = [holders(p) for p in shared.values()] + [tp_groups(mesh)] * len(buffers)
     for column, (name, holding) in enumerate(zip([*shared, *buffers], groups, strict=True)):
         if (ranks := odd_ranks(table[:, column], holding)) is not None:
@@ -82,24 +78,9 @@ def compare_state(model: PreTrainedModel, mesh) -> None:
             )
 
 
-def bits(x: Tensor) -> Tensor:
-    """One int64 that depends on every bit of `x`, its place and the number of elements. No synchronization."""
-    if x.dtype == torch.bool or x.element_size() == 1:
-        flat = x.contiguous().reshape(-1).view(torch.uint8)
-    elif x.is_complex():
-        flat = (
-            torch.view_as_real(x).contiguous().reshape(-1).view(torch.int64 if x.element_size() == 16 else torch.int32)
-        )
-    else:
-        flat = x.contiguous().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-    total = torch.full((), x.numel(), dtype=torch.int64, device=x.device)
-    for start in range(0, flat.numel(), PIECE):
-        piece = flat[start : start + PIECE].long()
-        places = torch.arange(start + 1, start + 1 + piece.numel(), device=x.device)
-        # A multiplicative hash modulo 2**64 (Knuth, TAOCP 3, 6.4).
-        mixed = (piece + 1) * places * -7046029254386353131
-        total += ((mixed ^ (mixed >> 29)) * -4417276706812531889).sum()
-    return total
+def gather_over_world(rows: Tensor) -> Tensor:
+    """`[n, …]` of each rank → `[world, n, …]`, on the host. Waits for the device."""
+    return all_gather(rows, dist.group.WORLD).view(dist.get_world_size(), *rows.shape).cpu()
 
 
 def outline(local: Tensor | None) -> Tensor:

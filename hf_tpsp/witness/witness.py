@@ -28,14 +28,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..collectives import all_gather_world
 from ..config import TPSPConfig
+from ..fingerprint import fingerprint
 from ..plan import rule_for, wildcard
 from ..styles import STYLES, Block, Embedding, Head, Norm, Replica, ReplicatedGradients
 from .alike import (
-    bits,
     compare_setup,
     compare_state,
+    gather_over_world,
     holders,
     is_replicated,
     odd_ranks,
@@ -191,8 +191,8 @@ class Witness:
         if device != "cpu":
             found[f"the state of its generator on {device}"] = getattr(torch, device).get_rng_state()
         names = list(found)
-        rows = torch.stack([bits(x.detach().to(device)) for x in found.values()])
-        table = all_gather_world(rows).cpu()
+        rows = torch.stack([fingerprint(x).to(device) for x in found.values()])
+        table = gather_over_world(rows)
         for column, name in enumerate(names):
             if (ranks := odd_ranks(table[:, column], tp_groups(self.mesh))) is not None:
                 raise RuntimeError(
@@ -208,7 +208,7 @@ class Witness:
         # On local tensors: an operation on DTensors inside the engine's last callback crashes torch 2.13.
         grads = [None if p.grad is None else p.grad._local_tensor for p in shared.values()]
         rows = torch.stack([outline(grad).to(self.mesh.device_type) for grad in grads])
-        table = all_gather_world(rows).cpu()
+        table = gather_over_world(rows)
         for column, (name, parameter) in enumerate(shared.items()):
             limit = limit_of(parameter.dtype, parameter.device)
             if (ranks := odd_ranks(table[:, column], holders(parameter), limit)) is not None:
