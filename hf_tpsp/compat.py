@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -62,21 +61,88 @@ def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return record.sharded_param if record is not None else module._parameters.get(name)
 
 
-@contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """While inside, the parameters that FSDP2 manages on `model` itself (embedding, last norm, head) are gathered.
+def fsdp_groups(model: nn.Module) -> list:
+    """FSDP2's groups (`FSDPParamGroup`) of parameters that are gathered together, of the modules in `model`."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [group for state in states for group in state._fsdp_param_groups]
 
-    torch 2.13 has no public way to ask whether they are. Delete that question when it has.
+
+class HiddenGroup:
+    """A group of FSDP2's whose modules can show the sharded parameters while the gathered ones are kept for backward.
+
+    torch 2.13 has modules show whichever it holds. Delete when `parameters()` outside of a forward gives the sharded ones.
     """
-    group = model._get_fsdp_state()._fsdp_param_group
-    if group is None or group.is_unsharded:
-        yield
-        return
-    model.unshard()
-    try:
-        yield
-    finally:
-        model.reshard()
+
+    def __init__(self, group):
+        self.group, self._versions = group, None  # of the sharded parameters when they were hidden
+        self._unshard, group.unshard = group.unshard, self.unshard
+
+    @property
+    def is_unsharded(self) -> bool:
+        """Whether the gathered parameters are there, shown or hidden."""
+        return self.group.is_unsharded
+
+    def _version(self) -> list[int]:
+        locals_ = (record.sharded_param._local_tensor for record in self.group.fsdp_params)
+        return [0 if local.is_inference() else local._version for local in locals_]
+
+    def hide(self) -> None:
+        """Have the modules show the sharded parameters."""
+        if self.group.is_unsharded and self._versions is None:
+            for record in self.group.fsdp_params:
+                record._setattr_on_modules(record.sharded_param)
+            self._versions = self._version()
+
+    def reshard(self) -> None:
+        self._versions = None
+        self.group.reshard()
+
+    def unshard(self, async_op: bool = False) -> None:
+        """The group's own `unshard`, which every forward and backward calls first."""
+        if self._versions is not None:
+            versions, self._versions = self._versions, None
+            if self.group.is_unsharded:
+                if versions != self._version():
+                    self._renew()
+                else:
+                    for record in self.group.fsdp_params:
+                        record.to_unsharded()
+        self._unshard(async_op)
+
+    def _renew(self) -> None:
+        """Free what was gathered before an optimizer (say) wrote into the parameters."""
+        if in_backward():
+            raise RuntimeError(
+                "Parameters were changed between this forward and its backward, which would mix gradients of the old and of "
+                "the new ones. Run backward first, or the forward again."
+            )
+        self.group._to_sharded()
+
+
+def in_backward() -> bool:
+    """Whether autograd is running in this thread. torch 2.13 has no public way to ask."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def start_forward(model: nn.Module) -> None:
+    """Ready FSDP2's root `model` for a forward of it or of a part of it, also after a backward that raised.
+
+    torch 2.13 takes the first module that is called for its root, and after an exception it goes on where it stopped, unless
+    `reset_iter_state` is called. Delete what it does itself.
+    """
+    state = model._get_fsdp_state()
+    state._lazy_init()
+    if state._state_ctx.post_backward_final_callback_queued:  # and never ran
+        for record in fsdp_parameters(model):  # what came of that backward
+            if hasattr(record, "_unsharded_param"):
+                record._unsharded_param.grad = record.unsharded_accumulated_grad = None
+        model.reset_iter_state()
+
+
+def end_forward(model: nn.Module) -> None:
+    """Have FSDP2's root forget a forward that raised."""
+    if model._get_fsdp_state()._state_ctx.iter_forward_root is not None:
+        model.reset_iter_state()
 
 
 def saved_tensors_are_hooked() -> bool:
@@ -150,11 +216,18 @@ def _patch_prepare(original):
     @functools.wraps(original)
     def prepare(self, *args, device_placement=None):
         from .parallelize import is_parallelized
+        from .trainer import set_mixed_precision
 
         sharded = [isinstance(arg, nn.Module) and is_parallelized(arg) for arg in args]
         if not any(sharded):
             return original(self, *args, device_placement=device_placement)
         for model in (arg for arg, ours in zip(args, sharded, strict=True) if ours):
+            if self.mixed_precision not in ("no", "bf16"):
+                raise ValueError(
+                    f"Accelerator(mixed_precision={self.mixed_precision!r}) needs scaling that knows of the shards; use 'bf16'."
+                )
+            if self.mixed_precision == "bf16":  # a loop of one's own; a Trainer has done it
+                set_mixed_precision(model)
             if not any(model is known for known in self._models):
                 self._models.append(model)
         result = args
