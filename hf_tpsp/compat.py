@@ -74,7 +74,7 @@ class HiddenGroup:
     """
 
     def __init__(self, group):
-        self.group, self._versions = group, None  # of the sharded parameters when they were hidden
+        self.group, self.is_hidden = group, False
         self._unshard, group.unshard = group.unshard, self.unshard
 
     @property
@@ -82,41 +82,25 @@ class HiddenGroup:
         """Whether the gathered parameters are there, shown or hidden."""
         return self.group.is_unsharded
 
-    def _version(self) -> list[int]:
-        locals_ = (record.sharded_param._local_tensor for record in self.group.fsdp_params)
-        return [0 if local.is_inference() else local._version for local in locals_]
-
     def hide(self) -> None:
         """Have the modules show the sharded parameters."""
-        if self.group.is_unsharded and self._versions is None:
+        if self.group.is_unsharded and not self.is_hidden:
+            self.is_hidden = True
             for record in self.group.fsdp_params:
                 record._setattr_on_modules(record.sharded_param)
-            self._versions = self._version()
 
     def reshard(self) -> None:
-        self._versions = None
+        self.is_hidden = False
         self.group.reshard()
 
     def unshard(self, async_op: bool = False) -> None:
-        """The group's own `unshard`, which every forward and backward calls first."""
-        if self._versions is not None:
-            versions, self._versions = self._versions, None
-            if self.group.is_unsharded:
-                if versions != self._version():
-                    self._renew()
-                else:
-                    for record in self.group.fsdp_params:
-                        record.to_unsharded()
+        """The group's own `unshard`, with which every forward and backward begins."""
+        if self.is_hidden:
+            self.is_hidden = False
+            if self.group.is_unsharded:  # not freed meanwhile, as `state_dict` does
+                for record in self.group.fsdp_params:
+                    record.to_unsharded()
         self._unshard(async_op)
-
-    def _renew(self) -> None:
-        """Free what was gathered before an optimizer (say) wrote into the parameters."""
-        if in_backward():
-            raise RuntimeError(
-                "Parameters were changed between this forward and its backward, which would mix gradients of the old and of "
-                "the new ones. Run backward first, or the forward again."
-            )
-        self.group._to_sharded()
 
 
 def in_backward() -> bool:

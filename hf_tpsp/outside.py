@@ -55,6 +55,9 @@ class Calls:
     def enter(self) -> None:
         if self.depth == 0 and not compat.in_backward():
             compat.start_forward(self.model)
+            for group in self.groups:
+                if group.is_hidden:  # no backward came; the parameters may have been written into since
+                    group.reshard()
         self.depth += 1
 
     def leave(self) -> None:
