@@ -164,9 +164,9 @@ def _install_on_layer(layer: nn.Module, calls: Calls, is_compiled: bool) -> None
         nonlocal is_outside
         if not compat.in_backward():  # else as it was in forward: a script may have checkpointed the layer's call
             is_outside = calls.is_outside
-        running.append(is_outside)
+        running.append(is_outside and calls.is_outside)
         calls.enter()
-        if not is_outside:
+        if not running[-1]:
             return None
         return (cut(args[0]), *args[1:]) if args else args, {n: cut(x) if n == first else x for n, x in kwargs.items()}
 

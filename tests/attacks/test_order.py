@@ -98,7 +98,9 @@ def looked_at(config: TPSPConfig, lora: bool, what: str) -> list[tuple[float, st
             prepared = Accelerator(cpu=True).prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))[1]
         optimizers = [torch.optim.SGD(reference.parameters(), lr=0.1), prepared]
     else:
-        optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (reference, model)]
+        optimizers = [
+            torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (reference, model)
+        ]
     found = []
     if what in ("later", "twice"):  # the backward of the first forward
         for part, b in ((reference, BATCH), (model, batch)):
@@ -137,5 +139,236 @@ def looked_at(config: TPSPConfig, lora: bool, what: str) -> list[tuple[float, st
 )
 def test_forward_before_the_optimizer(ranks, mesh, lora, what):
     for found in ranks.run(MESHES[mesh].world_size, looked_at, MESHES[mesh], lora, what):
+        for error, name in found:
+            assert error < 1e-5, name
+
+
+# ---- 6: parts of the model, called on their own ----------------------------------------------------------------------
+
+
+def embedding_first(model, batch):
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    loss = model(inputs_embeds=embeds * 1.5, labels=batch["labels"]).loss
+    return embeds, loss + embeds.square().mean()
+
+
+def embedding_alone(model, batch):
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    return embeds, embeds.square().mean()
+
+
+def decoder_first(model, batch):
+    """The decoder, then a loss of one's own from the head, and the model itself in the same backward."""
+    hidden = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    logits = model.get_output_embeddings()(hidden)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten())
+    return hidden, loss + hidden.square().mean() + model(**batch).loss
+
+
+def layer_by_layer(model, batch):
+    base = model.get_decoder()
+    hidden = model.get_input_embeddings()(batch["input_ids"])
+    positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+    tables = base.rotary_emb(hidden, positions)
+    for layer in base.layers:
+        hidden = layer(hidden, position_embeddings=tables, position_ids=positions)
+    hidden = base.norm(hidden) + base.norm(hidden[:, 0]).unsqueeze(1)
+    logits = model.lm_head(hidden)
+    return hidden, F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
+
+
+def checkpointed(model, batch, use_reentrant=False):
+    """The script's own checkpointing of what it calls."""
+    run = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=use_reentrant)
+    embeds = run(model.get_input_embeddings(), batch["input_ids"])
+    embeds = embeds if embeds.requires_grad else model.get_input_embeddings()(batch["input_ids"])
+    hidden = run(lambda x: model.get_decoder()(inputs_embeds=x, use_cache=False).last_hidden_state, embeds)
+    layer, tables = model.get_decoder().layers[1], model.get_decoder().rotary_emb(hidden, torch.arange(17).unsqueeze(0))
+    hidden = run(lambda x: layer(x, position_embeddings=tables), hidden)
+    logits = run(lambda x: model.lm_head(x) * 1.0, hidden)
+    return hidden, F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
+
+
+def direct_forward(model, batch):
+    """`forward` and not the call: no hook runs."""
+    out = model.forward(**batch)
+    return out.loss, out.loss
+
+
+def parts(config: TPSPConfig, tied: bool, lora: bool, calls: list) -> list[tuple[float, str]]:
+    """Each of `calls` on one pair of models, the first of them before the model itself is."""
+    found = []
+    reference, model, batch = pair(config, tied=tied, lora=lora)
+    inner = (reference.get_base_model(), model.get_base_model()) if lora else (reference, model)
+    for call in calls:
+        with torch.no_grad():
+            call(inner[1], batch)
+        (expected, loss), (value, own_loss) = (call(part, b) for part, b in zip(inner, (BATCH, batch), strict=True))
+        for part, result in ((reference, loss), (model, own_loss)):
+            part.zero_grad()
+            result.backward()
+        assert type(value) is torch.Tensor
+        if value.dim():
+            expected = parity.shard_batch({"x": expected}, parallel(model).mesh)["x"]
+            found.append((relative(value.detach(), expected.detach()), f"{call.__name__}: value"))
+        error, name = gradient_error(reference, model)
+        found.append((error, f"{call.__name__}: {name}"))
+        mean = own_loss.detach() / dist.get_world_size()
+        dist.all_reduce(mean)
+        found.append((abs(mean.item() / loss.item() - 1), f"{call.__name__}: loss"))
+    return found
+
+
+@pytest.mark.parametrize(
+    "mesh,tied,lora,calls",
+    [
+        ("1x2", True, False, [embedding_first, checkpointed]),
+        ("2x2", False, False, [decoder_first, embedding_first, layer_by_layer, checkpointed, direct_forward]),
+        ("2x2", True, False, [embedding_alone, decoder_first]),
+        ("2x2", False, True, [layer_by_layer, embedding_first, decoder_first]),
+        ("hsdp", False, False, [embedding_first, decoder_first]),
+        ("2x2 no SP", False, False, [layer_by_layer, embedding_first]),
+        ("2x2 loss_parallel", True, False, [layer_by_layer, decoder_first]),
+    ],
+)
+def test_parts_on_their_own(ranks, mesh, tied, lora, calls):
+    for found in ranks.run(MESHES[mesh].world_size, parts, MESHES[mesh], tied, lora, calls):
+        for error, name in found:
+            assert error < 1e-5, name
+
+
+def inside_of_a_layer(config: TPSPConfig) -> list[str]:
+    _, model, batch = pair(config)
+    hidden, said = torch.randn(2, 17, 32), []
+    for part in (model.model.layers[0].mlp, model.model.layers[1].self_attn.q_proj):
+        with pytest.raises(ValueError) as error:
+            part(hidden)
+        said.append(str(error.value))
+    model(**batch).loss.backward()
+    return said
+
+
+def test_inside_of_a_layer(ranks):
+    for said in ranks.run(4, inside_of_a_layer, MESHES["2x2"]):
+        assert all("is part of a decoder layer" in text and "Call the whole layer" in text for text in said)
+
+
+# ---- 7: backwards inside a backward ----------------------------------------------------------------------------------
+
+
+def nested(config: TPSPConfig, lora: bool, what: str) -> list[tuple[float, str]]:
+    reference, model, batch = pair(config, lora=lora)
+    found = []
+    for part in (reference, model):
+        if lora:
+            part.enable_input_require_grads()
+        if what != "script":
+            part.gradient_checkpointing_enable({"use_reentrant": True})
+    both = ((reference, BATCH), (model, batch))
+    if what == "raised":
+        hook = model.get_decoder().layers[0].self_attn.o_proj.register_full_backward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch).loss.backward()
+        hook.remove()
+        model.zero_grad()
+    for part, b in both:
+        if what == "script":
+            for _ in range(2):
+                embeds = part.get_input_embeddings()(b["input_ids"])
+                embeds = embeds if embeds.requires_grad else embeds.requires_grad_()
+                run = functools.partial(part, use_cache=False, labels=b["labels"])
+                loss = torch.utils.checkpoint.checkpoint(
+                    lambda x, run=run: run(inputs_embeds=x).loss, embeds, use_reentrant=True
+                )
+                (loss + part(**b).loss).backward()
+        else:
+            for step in range(3):
+                if what == "no sync" and part is model:
+                    parallel_model(model).set_requires_gradient_sync(step == 2)
+                part(**b).loss.backward()
+    found.append(gradient_error(reference, model))
+    for part, b in both:
+        part.zero_grad()
+        part(**b).loss.backward()
+    found.append(gradient_error(reference, model))
+    return found
+
+
+def parallel_model(model):
+    return next(m for m in model.modules() if "_tpsp" in vars(m))
+
+
+@pytest.mark.parametrize(
+    "mesh,lora,what",
+    [
+        ("1x2", False, "accumulate"),
+        ("2x2", True, "accumulate"),
+        ("2x2", False, "no sync"),
+        ("2x2", False, "raised"),
+        ("2x2", True, "raised"),
+        ("2x2", False, "script"),
+    ],
+)
+def test_reentrant_checkpointing(ranks, mesh, lora, what):
+    for found in ranks.run(MESHES[mesh].world_size, nested, MESHES[mesh], lora, what):
+        for error, name in found:
+            assert error < 1e-5, name
+
+
+# ---- 9: the model's own loss -----------------------------------------------------------------------------------------
+
+
+def weighted(logits, labels, vocab_size, scale=2.0, **kwargs):
+    """A loss of the script's own, which reads and reorders the logits."""
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    return scale * (each * torch.arange(1, labels.shape[1] + 1)).mean() + logits.logsumexp(-1).square().mean()
+
+
+def own_loss(config: TPSPConfig, what: str) -> list[tuple[float, str]]:
+    reference, model = (models.build("qwen2").train() for _ in range(2))
+    kwargs = {}
+    for part in (reference, model):
+        if part is model and what in ("after", "after a step"):
+            hf_tpsp.parallelize(model, config)
+            if what == "after a step":
+                model(**BATCH).loss.backward()
+                model.zero_grad()
+        if what == "masked":
+            part.loss_type = "ForMaskedLM"
+        elif what == "kwargs":
+            kwargs = {"label_smoothing": 0.2, "reduction": "sum", "ignore_index": 7}
+        elif what == "partial":
+            part.loss_function = functools.partial(ForCausalLMLoss, ignore_index=7)
+        else:
+            part.loss_function = weighted
+            kwargs = {"scale": 3.0}
+    if what not in ("after", "after a step"):
+        hf_tpsp.parallelize(model, config)
+    assert what != "masked" or reference.loss_function is LOSS_MAPPING["ForMaskedLM"]
+    batch = parity.shard_batch(BATCH, model._tpsp.mesh)
+    losses = [part(**b, **kwargs).loss for part, b in ((reference, BATCH), (model, batch))]
+    for loss in losses:
+        loss.backward()
+    mean = losses[1].detach() / dist.get_world_size()
+    dist.all_reduce(mean)
+    return [gradient_error(reference, model), (abs(mean.item() / losses[0].item() - 1), "loss")]
+
+
+@pytest.mark.parametrize(
+    "mesh,what",
+    [
+        ("2x2", "before"),
+        ("2x2", "after"),
+        ("1x2", "after a step"),
+        ("2x2", "masked"),
+        ("1x2", "kwargs"),
+        ("1x2", "partial"),
+        ("2x2 loss_parallel", "masked"),
+        ("2x2 loss_parallel", "after"),
+    ],
+)
+def test_own_loss(ranks, mesh, what):
+    for found in ranks.run(MESHES[mesh].world_size, own_loss, MESHES[mesh], what):
         for error, name in found:
             assert error < 1e-5, name
