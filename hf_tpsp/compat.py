@@ -18,6 +18,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers.integrations import neftune
@@ -100,12 +101,33 @@ class HiddenGroup:
             if self.group.is_unsharded:  # not freed meanwhile, as `state_dict` does
                 for record in self.group.fsdp_params:
                     record.to_unsharded()
+        if self.group._training_state == TrainingState.POST_BACKWARD:
+            # A checkpointed forward of the whole model, once more, in a backward that has been here: torch 2.13 would drop the
+            # gradients that are still to come. This has it reduce them at the end.
+            self.group._training_state = TrainingState.PRE_BACKWARD
         self._unshard(async_op)
 
 
 def in_backward() -> bool:
     """Whether autograd is running in this thread. torch 2.13 has no public way to ask."""
     return torch._C._current_graph_task_id() != -1
+
+
+def check_accumulates(node) -> None:
+    """Raise `ValueError` if the running backward does not end in the `.grad` of a leaf, whose `AccumulateGrad` is `node`.
+
+    torch 2.13 (`torch.autograd.grad`) hands out what arrives at a parameter: here one rank's term of its gradient. The question
+    whether it will accumulate has no public form, and is answered by an exception if not.
+    """
+    try:
+        accumulates = torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        accumulates = False
+    if not accumulates:
+        raise ValueError(
+            "torch.autograd.grad of a sharded model's parameters would give one rank's term of each gradient. Call "
+            "`loss.backward()` and read `.grad`; gradients of activations are whole either way."
+        )
 
 
 def start_forward(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from transformers.pytorch_utils import Conv1D
 
-from . import outside, recompute
+from . import compat, outside, recompute
 from .collectives import (
     SEQUENCE,
     all_gather_sequence,
@@ -102,9 +102,7 @@ class ReplicatedGradients:
     @staticmethod
     def _parameters(owners: list[tuple[nn.Module, str]]) -> list[nn.Parameter]:
         """The parameters as the optimizer knows them, whichever way FSDP holds the modules' own just now."""
-        from .compat import sharded_parameter
-
-        unique = {id(p): p for module, name in owners if (p := sharded_parameter(module, name)) is not None}
+        unique = {id(p): p for module, name in owners if (p := compat.sharded_parameter(module, name)) is not None}
         return list(unique.values())
 
     def summed(self) -> list[nn.Parameter]:
@@ -182,6 +180,7 @@ class _LocalReplica(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        compat.check_accumulates(ctx.next_functions[0][0])
         ctx.gradients.arm()
         return DTensor(grad, ctx.spec, requires_grad=False), None
 
