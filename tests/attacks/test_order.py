@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.verify import full, larger, relative
+from hf_tpsp.comparison import full, larger, relative
 
 MESHES = {
     "1x2": TPSPConfig(tp_size=2),
