@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers.integrations import neftune
@@ -62,21 +62,93 @@ def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return record.sharded_param if record is not None else module._parameters.get(name)
 
 
-@contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """While inside, the parameters that FSDP2 manages on `model` itself (embedding, last norm, head) are gathered.
+def fsdp_groups(model: nn.Module) -> list:
+    """FSDP2's groups (`FSDPParamGroup`) of parameters that are gathered together, of the modules in `model`."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [group for state in states for group in state._fsdp_param_groups]
 
-    torch 2.13 has no public way to ask whether they are. Delete that question when it has.
+
+class HiddenGroup:
+    """A group of FSDP2's whose modules can show the sharded parameters while the gathered ones are kept for backward.
+
+    torch 2.13 has modules show whichever it holds. Delete when `parameters()` outside of a forward gives the sharded ones.
     """
-    group = model._get_fsdp_state()._fsdp_param_group
-    if group is None or group.is_unsharded:
-        yield
-        return
-    model.unshard()
+
+    def __init__(self, group):
+        self.group, self.is_hidden = group, False
+        self._unshard, group.unshard = group.unshard, self.unshard
+
+    @property
+    def is_unsharded(self) -> bool:
+        """Whether the gathered parameters are there, shown or hidden."""
+        return self.group.is_unsharded
+
+    def hide(self) -> None:
+        """Have the modules show the sharded parameters."""
+        if self.group.is_unsharded and not self.is_hidden:
+            self.is_hidden = True
+            for record in self.group.fsdp_params:
+                record._setattr_on_modules(record.sharded_param)
+
+    def reshard(self) -> None:
+        self.is_hidden = False
+        self.group.reshard()
+
+    def unshard(self, async_op: bool = False) -> None:
+        """The group's own `unshard`, with which every forward and backward begins."""
+        if self.is_hidden:
+            self.is_hidden = False
+            if self.group.is_unsharded:  # not freed meanwhile, as `state_dict` does
+                for record in self.group.fsdp_params:
+                    record.to_unsharded()
+        if self.group._training_state == TrainingState.POST_BACKWARD:
+            # A checkpointed forward of the whole model, once more, in a backward that has been here: torch 2.13 would drop the
+            # gradients that are still to come. This has it reduce them at the end.
+            self.group._training_state = TrainingState.PRE_BACKWARD
+        self._unshard(async_op)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running in this thread. torch 2.13 has no public way to ask."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def check_accumulates(node) -> None:
+    """Raise `ValueError` if the running backward does not end in the `.grad` of a leaf, whose `AccumulateGrad` is `node`.
+
+    torch 2.13 (`torch.autograd.grad`) hands out what arrives at a parameter: here one rank's term of its gradient. The question
+    whether it will accumulate has no public form, and is answered by an exception if not.
+    """
     try:
-        yield
-    finally:
-        model.reshard()
+        accumulates = torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        accumulates = False
+    if not accumulates:
+        raise ValueError(
+            "torch.autograd.grad of a sharded model's parameters would give one rank's term of each gradient. Call "
+            "`loss.backward()` and read `.grad`; gradients of activations are whole either way."
+        )
+
+
+def start_forward(model: nn.Module) -> None:
+    """Ready FSDP2's root `model` for a forward of it or of a part of it, also after a backward that raised.
+
+    torch 2.13 takes the first module that is called for its root, and after an exception it goes on where it stopped, unless
+    `reset_iter_state` is called. Delete what it does itself.
+    """
+    state = model._get_fsdp_state()
+    state._lazy_init()
+    if state._state_ctx.post_backward_final_callback_queued:  # and never ran
+        for record in fsdp_parameters(model):  # what came of that backward
+            if hasattr(record, "_unsharded_param"):
+                record._unsharded_param.grad = record.unsharded_accumulated_grad = None
+        model.reset_iter_state()
+
+
+def end_forward(model: nn.Module) -> None:
+    """Have FSDP2's root forget a forward that raised."""
+    if model._get_fsdp_state()._state_ctx.iter_forward_root is not None:
+        model.reset_iter_state()
 
 
 def saved_tensors_are_hooked() -> bool:
@@ -150,11 +222,18 @@ def _patch_prepare(original):
     @functools.wraps(original)
     def prepare(self, *args, device_placement=None):
         from .parallelize import is_parallelized
+        from .trainer import set_mixed_precision
 
         sharded = [isinstance(arg, nn.Module) and is_parallelized(arg) for arg in args]
         if not any(sharded):
             return original(self, *args, device_placement=device_placement)
         for model in (arg for arg, ours in zip(args, sharded, strict=True) if ours):
+            if self.mixed_precision not in ("no", "bf16"):
+                raise ValueError(
+                    f"Accelerator(mixed_precision={self.mixed_precision!r}) needs scaling that knows of the shards; use 'bf16'."
+                )
+            if self.mixed_precision == "bf16":  # a loop of one's own; a Trainer has done it
+                set_mixed_precision(model)
             if not any(model is known for known in self._models):
                 self._models.append(model)
         result = args

@@ -1,4 +1,4 @@
-"""Cross entropy on vocabulary shards, and `model.loss_function` patched to it.
+"""Cross entropy on vocabulary shards, and a model's own loss on them.
 
 Logits `[batch, seq, vocab]` are sharded over the vocabulary, and stay so: only per-token numbers travel. They are
 `LazyLogits`, from which the loss and the head are computed together in chunks of tokens (`loss="chunked"`), or DTensors,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parallel
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import logging
 
-from . import compat
 from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
 from .collectives import SEQUENCE
 from .guard import require_inside
 from .logits import LazyLogits, stay_unread
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 
@@ -224,27 +228,63 @@ def causal_lm_loss(
     return total / num_items_in_batch
 
 
-def patch_loss(model: PreTrainedModel, loss_parallel: bool = True) -> None:
-    """Give `model` the loss above, if its logits are `loss_parallel`, and no key-value cache in training.
+def on_shards(loss_function: Callable) -> Callable:
+    """What computes, from logits that are sharded over the vocabulary, what `loss_function` does from whole ones.
+
+    transformers' causal loss is `causal_lm_loss`, with the arguments that it knows; it ignores all others, such as
+    `label_smoothing`. Any other loss is given whole logits `[batch, seq, vocab]`, plain and alike on every TP rank, through
+    which its gradient is exact: at the price of their memory, and a loss may do with them whatever it likes.
+    """
+    if loss_function is ForCausalLMLoss:
+
+        @functools.wraps(ForCausalLMLoss)
+        def loss(
+            logits, labels, vocab_size, num_items_in_batch=None, ignore_index=IGNORE_INDEX, shift_labels=None, **kwargs
+        ):
+            # The plan leaves the logits whole where the head is part of a larger module.
+            compute = causal_lm_loss if isinstance(logits, (LazyLogits, DTensor)) else ForCausalLMLoss
+            return compute(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+
+    else:
+        name = getattr(loss_function, "__name__", type(loss_function).__name__)
+        logger.warning_once(
+            f"hf_tpsp: the model's loss is {name}, which knows nothing of shards, so the logits are gathered whole on every rank."
+        )
+
+        @functools.wraps(loss_function, updated=())
+        def loss(*args, **kwargs):
+            args, kwargs = tree_map_only((LazyLogits, DTensor), lambda x: x.full_tensor(), (args, kwargs))
+            return loss_function(*args, **kwargs)
+
+    loss._tpsp_on_shards = True
+    return loss
+
+
+def patch_loss(model: PreTrainedModel, gathered: Callable) -> None:
+    """Have `model` compute its own loss from sharded logits, and keep no key-value cache in training.
+
+    The loss is looked up at each forward, because a script may set `model.loss_function` at any time. `gathered` is a context
+    in which the head's parameters are whole over data parallelism.
 
     Logits of a call without labels and without gradients come back whole (generation). All others are not computed until
     they are read (`LazyLogits`) or, with `loss="loss_parallel"`, DTensors; `.full_tensor()`, called on every rank of the
     TP group, makes both whole.
     """
-    if loss_parallel:
-        model.loss_function = causal_lm_loss
     inner = model.forward
+    model.loss_function = on_shards(model.loss_function)
 
     def finish(logits, loss):
         whole = not torch.is_grad_enabled() and loss is None and not stay_unread()
         if whole and isinstance(logits, (LazyLogits, DTensor)):
             return logits.full_tensor()
         if isinstance(logits, LazyLogits):
-            logits.gathered = functools.partial(compat.gathered, model)
+            logits.gathered = gathered
         return logits
 
     @functools.wraps(inner)
     def forward(*args, **kwargs):
+        if not hasattr(loss_function := model.loss_function, "_tpsp_on_shards"):
+            model.loss_function = on_shards(loss_function)
         # In training transformers would copy every key and value into a cache. Left alone with `position_ids`, which it
         # takes for packed rows only if there is no cache: that choice is the script's.
         if model.training and torch.is_grad_enabled() and kwargs.get("position_ids") is None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import compat, guard
+from . import compat, guard, outside
 from .config import TPSPConfig, environment_flag
 from .plan import decoder_layers, own_parameters, plan_for, rule_for
 from .recompute import selective_contexts
@@ -111,6 +111,8 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     _share_router_logits(model, config.tp_size)
     name = type(model).__name__
     _apply_fsdp(model, mesh, config)
+    gradients.calls = outside.Calls(model, mesh["tp"], config.sequence_parallel)
+    outside.install(model, decoder_layers(model), gradients.calls, config.compile)
     compat.keep_name(model, name)
     compat.index_sharded_parameters(model)
 
@@ -127,7 +129,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     from .loss import patch_loss
 
-    patch_loss(model, plan.loss_parallel)
+patch_loss(model, gradients.calls.gathered)
     guard.install(model, mesh)
     witness.install(model, gradients)
     return model
@@ -221,14 +223,6 @@ def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) ->
         )
     fully_shard(model, mesh=dp_mesh, reshard_after_forward=False, shard_placement_fn=placement)
 
-    def reshard_after_eval(module, args, output):
-        # Without a backward to follow, nothing else would: the modules would go on showing gathered parameters, and a
-        # checkpoint after an evaluation would not find the optimizer's.
-        if not torch.is_grad_enabled():
-            for part in (model, *layers):
-                part.reshard()
-
-    model.register_forward_hook(reshard_after_eval)
     if config.mixed_precision == "bf16":
         compat.set_mixed_precision(model, torch.bfloat16)
 

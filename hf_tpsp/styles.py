@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +38,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from transformers.pytorch_utils import Conv1D
 
-from . import recompute
+from . import compat, outside, recompute
 from .collectives import (
     SEQUENCE,
     all_gather_sequence,
@@ -71,8 +73,9 @@ class ReplicatedGradients:
         self._sums: list[tuple[nn.Module, str]] = []  # whose gradients are terms of a sum over the TP ranks
         self._adapters: list[tuple[nn.Module, str]] = []
         self._averages: list[dist.ProcessGroup] = []  # of data parallelism, for the adapters
-        self._graph_task = -1
         self.once_reduced: Callable[[], bool] | None = None  # called after each backward, until it says that it is done
+        self.calls: outside.Calls | None = None  # of the model, once FSDP2 has it
+        self._armed: weakref.ref | None = None
         self._set_aside: list[tuple[nn.Parameter, DTensor]] = []
 
     def register(self, module: nn.Module, name: str) -> None:
@@ -86,10 +89,11 @@ class ReplicatedGradients:
             self.register(module, name)
 
     def adapters_to(self, dtype: torch.dtype) -> None:
-        """Cast the adapters, before an optimizer is made."""
+        """Cast the adapters in place: an optimizer may hold them."""
         for module, name in self._adapters:
             if (param := module._parameters[name]).dtype != dtype:
-                module._parameters[name] = nn.Parameter(param.detach().to(dtype), requires_grad=param.requires_grad)
+                cast = nn.Parameter(param.detach().to(dtype), requires_grad=param.requires_grad)
+                torch.utils.swap_tensors(param, cast)
 
     def average_over(self, mesh: DeviceMesh) -> None:
         """Average the adapters' gradients over the data-parallel dims of `mesh`."""
@@ -99,9 +103,7 @@ class ReplicatedGradients:
     @staticmethod
     def _parameters(owners: list[tuple[nn.Module, str]]) -> list[nn.Parameter]:
         """The parameters as the optimizer knows them, whichever way FSDP holds the modules' own just now."""
-        from .compat import sharded_parameter
-
-        unique = {id(p): p for module, name in owners if (p := sharded_parameter(module, name)) is not None}
+        unique = {id(p): p for module, name in owners if (p := compat.sharded_parameter(module, name)) is not None}
         return list(unique.values())
 
     def summed(self) -> list[nn.Parameter]:
@@ -112,7 +114,10 @@ class ReplicatedGradients:
         """`param` as a plain tensor whose gradient is one rank's term of the sum."""
         if torch.compiler.is_compiling():  # a compiled layer; the head has armed by then
             return param.to_local(grad_placements=param.placements)
-        return _LocalReplica.apply(param, self)
+        local = _LocalReplica.apply(param, self)
+        if self.calls is not None and self.calls.all_alike:
+            return OneShare.apply(local, self.mesh.size())
+        return local
 
     def arm_with(self, hidden: Tensor) -> None:
         """Arm when the gradient arrives at what the head was given."""
@@ -120,25 +125,29 @@ class ReplicatedGradients:
             hidden.register_hook(lambda grad: self.arm())
 
     def arm(self) -> None:
-        """Arrange for the reduction at the end of the running backward. Called when its first term is there."""
-        task = torch._C._current_graph_task_id()
-        if task == self._graph_task:
+        """Arrange for the reduction at the end of the running backward. Called when its first term is there.
+
+        That backward may run others inside it (reentrant checkpointing), whose terms are its own. It keeps the callback
+        until it ends, whether by an exception or not, so the callback being there says that it is still running.
+        """
+        if self._armed is not None and self._armed() is not None:
             return
         self._restore()  # a backward that raised never came to its end
-        self._graph_task = task
+        callback = functools.partial(self._reduce)
+        self._armed = weakref.ref(callback)
         for param in self._parameters(self._sums + self._adapters):
             if param.grad is not None:
                 self._set_aside.append((param, param.grad))
                 param.grad = None
         # FSDP's own final callback was queued when the loss's gradient arrived, so it runs before this one.
-        torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
+        torch.autograd.Variable._execution_engine.queue_callback(callback)
 
     def _reduce(self) -> None:
         _all_reduce(self.summed(), self.mesh.get_group())
         for group in self._averages:
             _all_reduce(self._parameters(self._adapters), group, average=True)
         self._restore()
-        self._graph_task = -1
+        self._armed = None
         if self.once_reduced is not None and self.once_reduced():
             self.once_reduced = None
 
@@ -172,6 +181,7 @@ class _LocalReplica(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        compat.check_accumulates(ctx.next_functions[0][0])
         ctx.gradients.arm()
         return DTensor(grad, ctx.spec, requires_grad=False), None
 
@@ -225,6 +235,7 @@ class Style:
 
     forward_collective = "-"
     backward_collective = "-"
+    has_gradients_alike = False  # whether, on whole tensors, the ranks' gradients of what `is_partial` are no terms
 
     def __init__(self, config: TPSPConfig):
         self.parameter_rules: dict[str, str] = {}  # the plan's, for single parameters: `split:0`, `packed:1,2`, `mean`
@@ -262,6 +273,11 @@ class Style:
         inner = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if (calls := gradients.calls) is not None and calls.is_outside:
+                return calls.run_style(self, module, run, args, kwargs)
+            return self.run(module, inner, gradients, args, kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
             return self.run(module, inner, gradients, args, kwargs)
 
         module.forward = forward
@@ -444,6 +460,8 @@ class Norm(Style):
 
     With `regather_inputs` only its input is kept, and it runs once more in backward.
     """
+
+    has_gradients_alike = True
 
     def is_partial(self, name):
         return self.sequence_parallel

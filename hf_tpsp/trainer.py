@@ -43,6 +43,10 @@ class TPSPCallback(TrainerCallback):
             _install(self.config, hook_loading=False)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        self.set_up(args, state, model)
+
+    def set_up(self, args, state, model) -> None:
+        """Ready a model of the Trainer's, the first one or one that `model_init` has made since."""
         if self.config.world_size == 1 or model is None:
             return
         check_training_arguments(args)
@@ -56,16 +60,21 @@ class TPSPCallback(TrainerCallback):
         if done.config.compile and args.gradient_checkpointing:
             replace(done.config, activation_checkpointing="full")  # says why not
         check_parameters(model)
-        bf16 = AcceleratorState().mixed_precision == "bf16"  # TrainingArguments(bf16=True), else what the preset says
-        if bf16:
-            keep_fp32_masters(model)
-        compat.set_mixed_precision(inner, torch.bfloat16 if bf16 else None)
+        set_mixed_precision(model)  # TrainingArguments(bf16=True), else what the preset says
         if state.is_world_process_zero:
             c = done.config
             logger.info(
                 f"hf_tpsp: {type(inner).__name__} on dp_replicate {c.dp_replicate_size} x dp_shard {c.dp_shard_size} x "
                 f"tp {c.tp_size}, sequence parallel {'on' if c.sequence_parallel else 'off'}, loss {c.loss}"
             )
+
+
+def set_mixed_precision(model: nn.Module) -> None:
+    """Have a sharded model compute in what accelerate's mixed precision is, and train in fp32."""
+    bf16 = AcceleratorState().mixed_precision == "bf16"
+    if bf16:
+        keep_fp32_masters(model)
+    compat.set_mixed_precision(parallelized_model(model), torch.bfloat16 if bf16 else None)
 
 
 def keep_fp32_masters(model: nn.Module) -> None:
@@ -233,7 +242,9 @@ def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
         compat.install(),
         peft.install(),
         compat.replace(
-            (LabelSmoother, "__call__", patch_label_smoother), (Trainer, "prediction_step", _whole_predictions)
+            (LabelSmoother, "__call__", patch_label_smoother),
+            (Trainer, "prediction_step", _whole_predictions),
+            (Trainer, "call_model_init", _set_up_again),
         ),
     ]
     if int(os.environ.get("RANK", "0")) > 0 and logging.is_progress_bar_enabled():
@@ -264,6 +275,21 @@ def _whole_predictions(original: Callable) -> Callable:
         return loss, tree_map_only(DTensor, DTensor.full_tensor, logits), labels
 
     return prediction_step
+
+
+def _set_up_again(original: Callable) -> Callable:
+    """`Trainer.call_model_init`, whose second model (`train()` makes a new one) is readied as the first was."""
+
+    @functools.wraps(original)
+    def call_model_init(self, *args, **kwargs):
+        model = original(self, *args, **kwargs)
+        handler = vars(self).get("callback_handler")  # there is none while the Trainer is made: `on_init_end` will come
+        for callback in handler.callbacks if handler is not None else ():
+            if isinstance(callback, TPSPCallback):
+                callback.set_up(self.args, self.state, model)
+        return model
+
+    return call_model_init
 
 
 def _set_environment(values: dict[str, str]) -> Callable[[], None]:
