@@ -129,7 +129,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     from .loss import patch_loss
 
-patch_loss(model, gradients.calls.gathered)
+    patch_loss(model, gradients.calls.gathered)
     guard.install(model, mesh)
     witness.install(model, gradients)
     return model
