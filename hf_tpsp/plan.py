@@ -3,7 +3,7 @@
 The plan is derived, not listed per model, and proven before it is used (`prove.py`):
 
     base.embed_tokens            embedding         the residual stream begins, sharded over the sequence
-    base.layers.0                enter             a stream that came from outside is cut here
+    base.layers.*                enter             a stream that came from outside is cut here
     base.layers.*.<norm>         norm              children of a layer whose class is a norm run on the shards
     base.layers.*.<other>        gather, whole     every other child with parameters: a token mixer or an MLP
     base.layers.*.<other>.…      colwise, rowwise, packed_…   where it is split
@@ -100,6 +100,13 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(itertools.chain.from_iterable(layer_lists(model).values()))
+
+
+def owners_of_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose forward calls the layers, or calls one that does: `model` and, mostly, `model.model`."""
+    parts = [stem.split(".")[:-1] for stem in layer_lists(model)]
+    names = sorted({".".join(p[:i]) for p in parts for i in range(len(p) + 1)}, key=len)
+    return [model.get_submodule(name) for name in names]
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
@@ -359,7 +366,7 @@ class _Planner:
     def plan_layer(self, name: str, layer: nn.Module) -> None:
         call = self.call(name)
         along = call.meets() if call is not None else []
-        if self.plan.sequence_parallel and (along or name.endswith(".0")):
+        if self.plan.sequence_parallel:  # each of them, for those before it may be skipped
             self.set(name, f"enter:{','.join(along)}" if along else "enter")
         elif own_parameters(layer) or any(self.call(child) is None for child in self.children(name)):
             self.set(name, "stream")
@@ -415,7 +422,7 @@ class _Planner:
 
     def set(self, name: str, rule: str) -> None:
         """One rule for all layers, if the others agree; else this layer's own."""
-        if (rule.startswith("enter") and name.endswith(".0")) or self.plan.setdefault(wildcard(name), rule) != rule:
+        if self.plan.setdefault(wildcard(name), rule) != rule:
             self.plan[name] = rule
 
     def plan_child(self, name: str) -> None:
