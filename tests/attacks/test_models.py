@@ -227,3 +227,112 @@ def alone(config):
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_called_by_themselves(ranks, sequence_parallel):
     check(ranks.run(2, alone, TPSPConfig(tp_size=2, sequence_parallel=sequence_parallel)))
+
+
+# ---- what a small copy cannot prove ---------------------------------------------------------------------------------
+
+
+class MixingNorm(nn.Module):
+    """A norm by its name, which takes its statistics over the sequence (in training only, or always)."""
+
+    training_only = False
+
+    def __init__(self, hidden_size, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x):
+        dims = (1, 2) if self.training or not self.training_only else (2,)
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(dims, keepdim=True) + 1e-6)
+
+
+class TrainingMixingNorm(MixingNorm):
+    training_only = True
+
+
+class WritingNorm(MixingNorm):
+    """It is one of single positions, but writes into its input: the residual."""
+
+    def forward(self, x):
+        x.mul_(1.5)
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class BranchingMLP(nn.Module):
+    """Its output is a sum over the ranks in evaluation, and no sum in training."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        out = self.down(self.up(x).relu())
+        return out.tanh() if self.training else out
+
+
+class LongMLP(BranchingMLP):
+    def forward(self, x):
+        out = self.down(self.up(x).relu())
+        if x.shape[1] > 1024:
+            out = out.tanh()
+        return self.limited(out)
+
+    def limited(self, out):
+        if self.up.in_features >= 96:
+            return out * 2
+        if out.shape[0] == 0:
+            raise ValueError("no rows")
+        return out
+
+
+def with_part(norm=None, mlp=None, hidden_size=32):
+    """A llama of which each layer has another norm, or MLP, as a script's own class has it."""
+    from transformers.models.llama import modeling_llama
+
+    class Layer(modeling_llama.LlamaDecoderLayer):
+        def __init__(self, config, layer_idx):
+            super().__init__(config, layer_idx)
+            if norm is not None:
+                self.post_attention_layernorm = norm(config.hidden_size)
+            if mlp is not None:
+                self.mlp = mlp(config)
+
+    class Llama(modeling_llama.LlamaForCausalLM):
+        def __init__(self, config):
+            original, modeling_llama.LlamaDecoderLayer = modeling_llama.LlamaDecoderLayer, Layer
+            try:
+                super().__init__(config)
+            finally:
+                modeling_llama.LlamaDecoderLayer = original
+
+    torch.manual_seed(0)
+    return randomize(Llama(models.config("llama", hidden_size=hidden_size)))
+
+
+def planned(part, config):
+    reference, model = with_part(**part), with_part(**part)
+    hf_tpsp.parallelize(model, config)
+    return errors_of(reference, model, config)
+
+
+@pytest.mark.parametrize("norm", [MixingNorm, TrainingMixingNorm, WritingNorm])
+def test_a_norm_that_is_none(ranks, norm):
+    notes = hf_tpsp.plan_for(with_part(norm), TPSPConfig(tp_size=2)).notes
+    assert any(norm.__name__ in note and "whole sequence" in note for note in notes)
+    for case in CASES[:3]:
+        config = TPSPConfig(tp_size=2, check="off", **case)
+        check(ranks.run(config.world_size, planned, {"norm": norm}, config))
+
+
+def test_a_branch_of_training(ranks):
+    check(ranks.run(2, planned, {"mlp": BranchingMLP}, TPSPConfig(tp_size=2, check="off")))
+
+
+def test_a_branch_on_a_size_is_named():
+    notes = hf_tpsp.plan_for(with_part(mlp=LongMLP, hidden_size=128), TPSPConfig(tp_size=2)).notes
+    assert any("does not cover `x.shape[1] > 1024` (LongMLP.forward)" in note for note in notes)
+    assert any("does not cover `self.up.in_features >= 96` (LongMLP.limited)" in note for note in notes)
+    assert len(notes) == 2
+    for model_type in models.ARCHITECTURES:
+        assert not hf_tpsp.plan_for(models.build(model_type), TPSPConfig(tp_size=2)).notes
