@@ -343,20 +343,18 @@ def local_slice(full: Tensor, placement: Placement, rank: int, size: int) -> Ten
     return torch.cat([chunk_of(part, placement.dim, rank, size) for part in parts], placement.dim)
 
 
-def _tensors_in(containers: Any) -> list[Tensor]:
-    """The tensors inside the lists, tuples and dicts among `containers`."""
-    found: list[Tensor] = []
+def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """`x` with `function` applied to the tensors that it is, or that are in its lists, tuples and dicts, in order.
 
-    def visit(x: Any, depth: int) -> None:
-        if isinstance(x, Tensor) and depth:
-            found.append(x)
-        elif type(x) in (list, tuple, dict):
-            for value in x.values() if type(x) is dict else x:
-                visit(value, depth + 1)
-
-    for x in containers:
-        visit(x, 0)
-    return found
+    (A function inside another, calling itself, would keep what it has seen alive until Python collects its garbage.)
+    """
+    if isinstance(x, Tensor):
+        return function(x)
+    if type(x) in (list, tuple):
+        return type(x)([map_tensors(function, value) for value in x])
+    if type(x) is dict:
+        return {name: map_tensors(function, value) for name, value in x.items()}
+    return x
 
 
 def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -648,10 +646,10 @@ class Block(Style):
         `marked`: a stream is a DTensor, if there is one. Otherwise it is the first floating tensor (one that is an argument
         itself goes before one inside a list or dict), and what has its shape.
         """
-        given = [*args, *kwargs.values()]
-        floating = [
-            x for x in (*(x for x in given if isinstance(x, Tensor)), *_tensors_in(given)) if x.is_floating_point()
-        ]
+        inside: list[Tensor] = []
+        map_tensors(inside.append, (args, kwargs))
+        itself = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        floating = [x for x in (*itself, *inside) if x.is_floating_point()]
         sharded = [x for x in floating if isinstance(x, DTensor) and x.placements == (SEQUENCE,)] if marked else []
         first = next(iter(sharded or floating), None)
         found = 0
@@ -663,13 +661,9 @@ class Block(Style):
                 return x.shape == first.shape
             return isinstance(x, DTensor) and x.placements == (SEQUENCE,)
 
-        def visit(x: Any) -> Any:
+        def visit(x: Tensor) -> Tensor:
             nonlocal found
-            if type(x) in (list, tuple):
-                return type(x)(map(visit, x))
-            if type(x) is dict:
-                return {name: visit(value) for name, value in x.items()}
-            if not isinstance(x, Tensor) or isinstance(x, LazyLogits):
+            if isinstance(x, LazyLogits):
                 return x
             if isinstance(x, LazyWhole) and x.part is not None:  # of heads, from another block: this rank's
                 return x.part
@@ -679,7 +673,7 @@ class Block(Style):
             full = enter(x)
             return full / size if found > 1 and "residual" in self.variants else full
 
-        return visit(args), {name: visit(x) for name, x in kwargs.items()}, first
+        return map_tensors(visit, args), map_tensors(visit, kwargs), first
 
     def exit(self, output: Any, stream: Tensor | None, mesh: DeviceMesh) -> Any:
         """The first tensor of what the module returned, back in the stream that it was given, `[batch, seq, …]`; plain and
