@@ -154,7 +154,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: DTensor, take: Callable[[Tensor, DeviceMesh], Tensor]) -> Tensor:
         ctx.spec, ctx.take = x._spec, take
-        return all_gather_sequence(x._local_tensor, x.shape[1], x._spec.mesh)
+        # `detach`: an output that is a view, as that of a batch of 1 is, could not be written into by a block.
+        return all_gather_sequence(x._local_tensor, x.shape[1], x._spec.mesh).detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor):

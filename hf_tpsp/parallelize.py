@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from . import compat, guard, outside
 from .config import TPSPConfig, environment_flag
-from .plan import decoder_layers, own_parameters, plan_for, rule_for
+from .outputs import hand_out_whole
+from .plan import decoder_layers, own_parameters, owners_of_layers, plan_for, rule_for
 from .recompute import selective_contexts
 from .styles import Block, Copy, Gather, OneShare, Replica, ReplicatedGradients, Stream, style_for
 from .witness import Witness
@@ -129,6 +130,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     from .loss import patch_loss
 
+    hand_out_whole(owners_of_layers(model), gradients)
     patch_loss(model, gradients.calls.gathered)
     guard.install(model, mesh)
     witness.install(model, gradients)

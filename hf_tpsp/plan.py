@@ -3,7 +3,7 @@
 The plan is derived, not listed per model, and proven before it is used (`prove.py`):
 
     base.embed_tokens            embedding         the residual stream begins, sharded over the sequence
-    base.layers.0                enter             a stream that came from outside is cut here
+    base.layers.*                enter             a stream that came from outside is cut here
     base.layers.*.<norm>         norm              children of a layer whose class is a norm run on the shards
     base.layers.*.<other>        gather, whole     every other child with parameters: a token mixer or an MLP
     base.layers.*.<other>.…      colwise, rowwise, packed_…   where it is split
@@ -29,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
+from .branches import uncovered
 from .config import TPSPConfig, size_of
 from .prove import RANKS, TOKENS, Call, Twin
 from .styles import Block, features, is_norm
@@ -100,6 +101,13 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(itertools.chain.from_iterable(layer_lists(model).values()))
+
+
+def owners_of_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose forward calls the layers, or calls one that does: `model` and, mostly, `model.model`."""
+    parts = [stem.split(".")[:-1] for stem in layer_lists(model)]
+    names = sorted({".".join(p[:i]) for p in parts for i in range(len(p) + 1)}, key=len)
+    return [model.get_submodule(name) for name in names]
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
@@ -284,6 +292,7 @@ class _Planner:
             if {self.kind(name, self.modules[name]) for name in self.layers()} <= self.twins.keys():
                 break
         self.proofs: dict[tuple, dict[str, str] | None] = {}
+        self.local_norms: dict[tuple, bool] = {}
         self.plan = Plan(config.sequence_parallel)
         self.hidden = self.twin.model.config.get_text_config(decoder=True).hidden_size
 
@@ -348,7 +357,7 @@ class _Planner:
     def split_together(self) -> None:
         """Blocks of one class in one place split all or none: they may hand each other their heads' keys and values."""
         for name in (child for layer in self.layers() for child in self.children(layer)):
-            if self.call(name) is not None and not is_norm(self.modules[name]):
+            if self.call(name) is not None and not (is_norm(self.modules[name]) and self.is_local(name)):
                 self.proof(name, self.inside(name))
         whole = {key[:2] for key, rules in self.proofs.items() if rules is None}
         for key in self.proofs:
@@ -359,7 +368,7 @@ class _Planner:
     def plan_layer(self, name: str, layer: nn.Module) -> None:
         call = self.call(name)
         along = call.meets() if call is not None else []
-        if self.plan.sequence_parallel and (along or name.endswith(".0")):
+        if self.plan.sequence_parallel:  # each of them, for those before it may be skipped
             self.set(name, f"enter:{','.join(along)}" if along else "enter")
         elif own_parameters(layer) or any(self.call(child) is None for child in self.children(name)):
             self.set(name, "stream")
@@ -415,18 +424,21 @@ class _Planner:
 
     def set(self, name: str, rule: str) -> None:
         """One rule for all layers, if the others agree; else this layer's own."""
-        if (rule.startswith("enter") and name.endswith(".0")) or self.plan.setdefault(wildcard(name), rule) != rule:
+        if self.plan.setdefault(wildcard(name), rule) != rule:
             self.plan[name] = rule
 
     def plan_child(self, name: str) -> None:
         """A child of a decoder layer: a norm, or a block."""
         block, call = self.modules[name], self.call(name)
-        if is_norm(block):
+        if is_norm(block) and self.is_local(name):
+            self.note_branches(name)
             return self.set(name, "norm")
         native, rules = self.inside(name), None
         if call is not None and (proven := self.proof(name, native)) is not None:
             rules = with_sizes(proven, block, self.config)
-            if rules is None:
+            if rules is not None:
+                self.note_branches(name)
+            else:
                 note = f"{wildcard(name)} ({type(block).__name__}) is not split: its heads do not divide over {self.config.tp_size} ranks"
                 self.plan.notes += [note] if note not in self.plan.notes else []
         rules = rules or whole_layout(block, native, call)
@@ -445,6 +457,30 @@ class _Planner:
             sized = ((rules, with_sizes(rules, block, TPSPConfig(tp_size=RANKS))) for rules in tries)
             self.proofs[key] = next((rules for rules, sizes in sized if sizes and self.twin.adds_up(twin, sizes)), None)
         return self.proofs[key]
+
+    def is_local(self, name: str) -> bool:
+        """Whether the norm `name` can run on a part of the sequence, as it must if the stream is sharded; proven on the copy."""
+        twin = self.twin_of(name)
+        if not self.plan.sequence_parallel or self.twin.calls.get(twin) is None:
+            return True
+        key = self.kind(name, self.modules[name])
+        if key not in self.local_norms:
+            self.local_norms[key] = self.twin.is_local(twin)
+            if not self.local_norms[key]:
+                self.note(
+                    f"{wildcard(name)} ({type(self.modules[name]).__name__}) is no norm of single positions, or writes into its "
+                    "input: it is given the whole sequence"
+                )
+        return self.local_norms[key]
+
+    def note(self, sentence: str) -> None:
+        if sentence not in self.plan.notes:
+            self.plan.notes.append(sentence)
+
+    def note_branches(self, name: str) -> None:
+        """Name the branches of the module `name` on sizes that the copy has not."""
+        for branch in uncovered(self.modules[name], self.twin.modules[self.twin_of(name)]):
+            self.note(f"the proof of {wildcard(name)} on a small copy does not cover {branch}")
 
     def calls_in(self, twin: str) -> dict[str, Call]:
         """How the modules in the block `twin` were called, by name inside it."""
@@ -471,7 +507,7 @@ class _Planner:
                 module = self.modules[name]
                 if module is embedding or module is head or self.is_around_layers(name):
                     continue
-                if is_norm(module) and self.is_last(name, parent):
+                if is_norm(module) and self.is_last(name, parent) and self.is_local(name):
                     self.plan[name] = "norm"
                 else:
                     others.append(f"{name}.")

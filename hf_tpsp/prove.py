@@ -3,7 +3,8 @@
 A block is split if its output is a sum of one term for each rank. Then every gradient is right too: the ranks' gradients of
 what they share are terms of a sum (`styles.Replica`), by the chain rule, whatever the block computes. So the forward is
 all there is to prove. `Twin` builds a small random copy of the model (`shrink.py`), records how each block is called, and
-runs the block as rank 0 and as rank 1 would, with the plan's layouts: the two outputs must add up to the whole one.
+runs the block as rank 0 and as rank 1 would, with the plan's layouts: the two outputs must add up to the whole one. A norm runs
+on a part of the sequence: that must give that part of the whole. Both in evaluation and in training mode, without dropout.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .collectives import chunk_of
 from .config import TPSPConfig
 from .shrink import shrunk_like
 from .styles import style_for
@@ -166,6 +168,9 @@ class Twin:
         with _aside():
             self.model = shrunk_like(model, every_layer).eval()
         self.modules = dict(self.model.named_modules())
+        for module in self.modules.values():  # the proof is run in training mode too
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
         try:
             self.calls = self.record()
         except Exception as error:
@@ -249,16 +254,54 @@ class Twin:
 
     def adds_up(self, name: str, rules: dict[str, str]) -> bool:
         """Whether the ranks' outputs of block `name` under `rules` (by name inside the block; "" is the block) add up to the
-        whole one's."""
+        whole one's, in evaluation and in training."""
         call, whole = self.calls[name], self.modules[name]
-        try:
-            with torch.no_grad(), _aside():
-                total = sum(self._term(whole, rules, call, rank) for rank in range(RANKS))
-        except Exception:  # a layout that does not fit ends in whatever error its shapes run into
-            return False
-        return total.shape == call.output.shape and (total - call.output).norm() <= LIMIT * call.output.norm()
 
-    def _term(self, whole: nn.Module, rules: dict[str, str], call: Call, rank: int) -> Tensor:
+        def total(training: bool) -> Tensor:
+            return sum(self._term(whole, rules, call, rank, training) for rank in range(RANKS))
+
+        return self._gives_the_whole(name, total)
+
+    def is_local(self, name: str) -> bool:
+        """Whether the module `name` makes of each part of the sequence alone that part of what it makes of the whole, and leaves
+        what it is given as it is: as a norm does."""
+        call, whole = self.calls[name], self.modules[name]
+
+        def joined(training: bool) -> Tensor:
+            parts = []
+            for rank in range(RANKS):
+                args, kwargs = copy.deepcopy((call.args, call.kwargs))
+                if args:
+                    args = (given := chunk_of(args[0], 1, rank, RANKS).clone(), *args[1:])
+                else:
+                    first = next(iter(kwargs))
+                    kwargs[first] = given = chunk_of(kwargs[first], 1, rank, RANKS).clone()
+                before = given.clone()
+                parts.append(_run(copy.deepcopy(whole), args, kwargs, training))
+                if not torch.equal(before, given):
+                    raise ValueError("it writes into its input")
+            return torch.cat(parts, dim=1)
+
+        return self._gives_the_whole(name, joined)
+
+    def _gives_the_whole(self, name: str, compute: Callable[[bool], Tensor]) -> bool:
+        """Whether `compute(training)` gives the output of the module `name`, in evaluation and in training (without dropout)."""
+        call, whole = self.calls[name], self.modules[name]
+        for training in (False, True):
+            try:
+                with torch.no_grad(), _aside():
+                    output = compute(training)
+                    expected = call.output
+                    if training:
+                        args, kwargs = copy.deepcopy((call.args, call.kwargs))
+                        expected = _run(copy.deepcopy(whole), args, kwargs, training)
+            except Exception:  # a layout that does not fit ends in whatever error its shapes run into
+                return False
+            if output.shape != expected.shape or not (output - expected).norm() <= LIMIT * expected.norm():
+                return False
+        return True
+
+    def _term(self, whole: nn.Module, rules: dict[str, str], call: Call, rank: int, training: bool) -> Tensor:
         block = copy.deepcopy(whole)
         config = TPSPConfig(tp_size=RANKS)
         styles = {part: style_for(rule, config) for part, rule in rules.items() if not is_parameter(block, part)}
@@ -270,7 +313,13 @@ class Twin:
             style.rehearse(block.get_submodule(part), rank, RANKS)
         args, kwargs = copy.deepcopy((call.args, call.kwargs))
         args, kwargs, _ = styles[""].map_streams(args, kwargs, lambda x: x, RANKS, marked=False)
-        return first_tensor(block(*args, **kwargs))
+        return _run(block, args, kwargs, training)
+
+
+def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any], training: bool) -> Tensor:
+    """The first tensor of what `module` returns. Whatever it draws at random, it draws again in another run."""
+    torch.manual_seed(0)
+    return first_tensor(module.train(training)(*args, **kwargs))
 
 
 def parameter_names(module: nn.Module) -> list[str]:

@@ -28,6 +28,14 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from . import compat
 
 
+def overwritten() -> RuntimeError:
+    """What autograd, in these words, would have raised had it kept the tensor."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: a module wrote "
+        "into a tensor after it, or another, had computed with it."
+    )
+
+
 class _Again:
     """Stands for a tensor in the autograd graph: makes it when the first of those who saved it needs it, and lets go of
     it after the last."""
@@ -36,8 +44,11 @@ class _Again:
         self.make = make
         self.saved = self.pending = 0
         self.value: Tensor | None = None
+        self.is_overwritten = False
 
     def get(self) -> Tensor:
+        if self.is_overwritten:
+            raise overwritten()
         if self.value is None:
             with torch.no_grad():
                 self.value, self.pending = self.make(), self.saved
@@ -53,16 +64,18 @@ class Region(saved_tensors_hooks):
     current: Region | None = None
 
     def __init__(self):
-        self._known: dict[int, tuple[_Again, Tensor]] = {}  # by storage, which lives as long as this does
+        # By storage, which lives as long as this does; with the tensor's version, which an in-place operation raises.
+        self._known: dict[int, tuple[_Again, Tensor, int]] = {}
         super().__init__(self._pack, self._unpack)
 
     def again(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        """Do not save `tensor` or a view of it; `make()` gives it again, bitwise, in backward."""
-        self._known[tensor.untyped_storage()._cdata] = (_Again(make), tensor)
+        """Do not save `tensor` or a view of it; `make()` gives it again, bitwise, in backward. Once the block has written into
+        it, it is saved after all."""
+        self._known[tensor.untyped_storage()._cdata] = (_Again(make), tensor, tensor._version)
 
     def _pack(self, tensor: Tensor):
         known = None if isinstance(tensor, DTensor) else self._known.get(tensor.untyped_storage()._cdata)
-        if known is None:
+        if known is None or known[1]._version != known[2]:
             return tensor
         known[0].saved += 1
         return known[0], tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -81,6 +94,8 @@ class Region(saved_tensors_hooks):
 
     def __exit__(self, *exc) -> None:
         Region.current = self._outer
+        for again, tensor, version in self._known.values():
+            again.is_overwritten = tensor._version != version
         self._known.clear()
         super().__exit__(*exc)
 
@@ -99,7 +114,14 @@ class Recomputed(torch.autograd.Function):
         ctx.run = run
         ctx.autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
         ctx.save_for_backward(x, *parameters)
-        return run(x, *parameters)
+        version = x._version
+        out = run(x, *parameters)
+        if x._version != version:
+            raise RuntimeError(
+                "a norm wrote into its input, which hf_tpsp keeps to compute the norm again in backward. Set "
+                "TPSPConfig(regather_inputs=False)."
+            )
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -54,6 +55,7 @@ from .collectives import (
 from .config import TPSPConfig
 from .guard import require_inside
 from .logits import LazyLogits
+from .outputs import LazyWhole, whole_heads
 from .recompute import Recomputed, Region
 
 
@@ -76,6 +78,8 @@ class ReplicatedGradients:
         self.once_reduced: Callable[[], bool] | None = None  # called after each backward, until it says that it is done
         self.calls: outside.Calls | None = None  # of the model, once FSDP2 has it
         self._armed: weakref.ref | None = None
+        # Of those modules, out of the ones that hold the layers, whose forward is running (`outputs.py`).
+        self.depth = 0
         self._set_aside: list[tuple[nn.Parameter, DTensor]] = []
 
     def register(self, module: nn.Module, name: str) -> None:
@@ -105,6 +109,10 @@ class ReplicatedGradients:
         """The parameters as the optimizer knows them, whichever way FSDP holds the modules' own just now."""
         unique = {id(p): p for module, name in owners if (p := compat.sharded_parameter(module, name)) is not None}
         return list(unique.values())
+
+    def computes_model(self) -> bool:
+        """Whether the model's forward is running, or a part of it again in backward; else a script calls a module by itself."""
+        return self.depth > 0 or compat.in_backward()
 
     def summed(self) -> list[nn.Parameter]:
         """The parameters whose gradients are terms of a sum over the TP ranks."""
@@ -192,7 +200,7 @@ class _CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
-        return x.view_as(x)
+        return x.detach()  # and not a view, into which a block could not write
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -224,6 +232,24 @@ class OneShare(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad / ctx.size, None
+
+
+class _OwnTerm(torch.autograd.Function):
+    """What every rank has whole → its own part of the sequence, as the stream. Backward: the part's gradient, and zeros beside it,
+    which is this rank's term of the whole gradient. No collective."""
+
+    @staticmethod
+    def forward(ctx, full: Tensor, mesh: DeviceMesh) -> DTensor:
+        ctx.shape, ctx.mesh = full.shape, mesh
+        return slice_sequence(full.detach(), mesh)
+
+    @staticmethod
+    def backward(ctx, grad: DTensor):
+        if grad.placements != (SEQUENCE,):
+            grad = grad.redistribute(placements=[SEQUENCE])
+        term = grad._local_tensor.new_zeros(ctx.shape)
+        chunk_of(term, 1, ctx.mesh.get_local_rank(), ctx.mesh.size()).copy_(grad._local_tensor)
+        return term, None
 
 
 class Style:
@@ -332,6 +358,20 @@ def local_slice(full: Tensor, placement: Placement, rank: int, size: int) -> Ten
     return torch.cat([chunk_of(part, placement.dim, rank, size) for part in parts], placement.dim)
 
 
+def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """`x` with `function` applied to the tensors that it is, or that are in its lists, tuples and dicts, in order.
+
+    (A function inside another, calling itself, would keep what it has seen alive until Python collects its garbage.)
+    """
+    if isinstance(x, Tensor):
+        return function(x)
+    if type(x) in (list, tuple):
+        return type(x)([map_tensors(function, value) for value in x])
+    if type(x) is dict:
+        return {name: map_tensors(function, value) for name, value in x.items()}
+    return x
+
+
 def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The stream as the plain full tensor `[batch, seq, hidden]` of a region.
 
@@ -347,7 +387,14 @@ def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def regather(x: DTensor, mesh: DeviceMesh) -> Callable[[], Tensor]:
     """How to make `enter_region(x)` again. Holds this rank's part of it only."""
     shard, length = x._local_tensor, x.shape[1]
-    return lambda: all_gather_sequence(shard, length, mesh)
+    version = shard._version
+
+    def make() -> Tensor:
+        if shard._version != version:
+            raise recompute.overwritten()
+        return all_gather_sequence(shard, length, mesh)
+
+    return make
 
 
 class Embedding(Style):
@@ -445,6 +492,8 @@ class Enter(Stream):
 
         # A hook, not a wrapped forward: transformers checkpoints a layer only if its class's own forward is called.
         def enter(module, args, kwargs):
+            if not gradients.computes_model():  # a layer that the script calls by itself: plain in, plain out
+                return None
             args = tuple(
                 cut(x) if i == 0 or name in self.names else x
                 for i, (name, x) in enumerate(zip(order, args, strict=False))
@@ -473,6 +522,12 @@ class Norm(Style):
         x, *rest = args
         local = to_local(x) if isinstance(x, DTensor) else x
         with self.local_parameters(module, gradients):
+            if type(self) is Norm and self.sequence_parallel and not isinstance(x, DTensor):
+                # The whole sequence on every rank (a script that calls the norm itself, a model all of whose layers were
+                # dropped): the ranks' gradients of the parameters, which are added up, are one and the same.
+                for name, value in module._parameters.items():
+                    if isinstance(value, Tensor) and value.requires_grad:
+                        module._parameters[name] = OneShare.apply(value, gradients.mesh.size())
             if self.regather_inputs and not rest and not kwargs and recompute.is_active():
                 out = recomputed(module, inner, local)
             else:
@@ -522,10 +577,22 @@ class Activation(Style):
     """An activation function inside a region. Its output is not kept for backward, but computed from its input again."""
 
     def run(self, module, inner, gradients, args, kwargs):
+        if (region := Region.current) is None:
+            return inner(*args, **kwargs)
+        kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+        versions = [x._version for x in kept if isinstance(x, Tensor)]
+
+        def is_untouched() -> bool:
+            return versions == [x._version for x in kept if isinstance(x, Tensor)]
+
+        def make() -> Tensor:
+            if not is_untouched():
+                raise recompute.overwritten()
+            return inner(*kept, **kwargs)
+
         out = inner(*args, **kwargs)
-        if (region := Region.current) is not None:
-            kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-            region.again(out, lambda: inner(*kept, **kwargs))
+        if is_untouched():  # and not an activation function that writes into its input
+            region.again(out, make)
         return out
 
 
@@ -550,6 +617,7 @@ class Block(Style):
         self.inside: list[nn.Module] = []  # the modules whose parameters are made plain at the entry
 
     def adjust(self, module, rank, size):
+        self.heads = next((n for name in self.HEADS if isinstance(n := getattr(self.of(module), name, None), int)), 0)
         if "heads" in self.variants or "widths" in self.variants:
             for part in module.modules():
                 self.share(part, size)
@@ -571,7 +639,7 @@ class Block(Style):
     @staticmethod
     def of(module: nn.Module):
         """Who knows the number of heads."""
-        return module if any(hasattr(module, n) for n in Block.HEADS) else module.config
+        return module if any(hasattr(module, n) for n in Block.HEADS) else getattr(module, "config", None)
 
     @contextlib.contextmanager
     def local_parameters(self, module, gradients):
@@ -589,35 +657,88 @@ class Block(Style):
         size: int,
         other: Callable[[Tensor], Tensor] = lambda x: x,
         marked: bool = True,
-    ) -> tuple[tuple, dict, torch.Size | None]:
-        """`args` and `kwargs` with the streams entered, and the first one's shape. `marked`: a stream is a DTensor."""
-        found: list[Tensor] = []
+    ) -> tuple[tuple, dict, Tensor | None]:
+        """`args` and `kwargs` with the streams entered, wherever in them they are, and the first stream.
 
-        def visit(x: Any) -> Any:
-            if not isinstance(x, Tensor) or isinstance(x, LazyLogits):
+        `marked`: a stream is a DTensor, if there is one. Otherwise it is the first floating tensor (one that is an argument
+        itself goes before one inside a list or dict), and what has its shape.
+        """
+        inside: list[Tensor] = []
+        map_tensors(inside.append, (args, kwargs))
+        itself = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        floating = [x for x in (*itself, *inside) if x.is_floating_point()]
+        sharded = [x for x in floating if isinstance(x, DTensor) and x.placements == (SEQUENCE,)] if marked else []
+        first = next(iter(sharded or floating), None)
+        found = 0
+
+        def is_stream(x: Tensor) -> bool:
+            if not x.is_floating_point():
+                return False
+            if not sharded or ("residual" in self.variants and not isinstance(x, DTensor)):
+                return x.shape == first.shape
+            return isinstance(x, DTensor) and x.placements == (SEQUENCE,)
+
+        def visit(x: Tensor) -> Tensor:
+            nonlocal found
+            if isinstance(x, LazyLogits):
                 return x
-            if marked and self.sequence_parallel:
-                is_stream = isinstance(x, DTensor) and x.placements == (SEQUENCE,)
-            else:  # a plain stream is the first, and what has its shape
-                is_stream = x.is_floating_point() and (not found or x.shape == found[0].shape)
-            if not is_stream:
+            if isinstance(x, LazyWhole) and x.part is not None:  # of heads, from another block: this rank's
+                return x.part
+            if not is_stream(x):
                 return other(x)
-            found.append(x)
+            found += 1
             full = enter(x)
-            return full / size if len(found) > 1 and "residual" in self.variants else full
+            return full / size if found > 1 and "residual" in self.variants else full
 
-        args = tuple(visit(x) for x in args)
-        kwargs = {name: visit(x) for name, x in kwargs.items()}
-        return args, kwargs, found[0].shape if found else None
+        return map_tensors(visit, args), map_tensors(visit, kwargs), first
 
-    def exit(self, output: Any, shape: torch.Size, mesh: DeviceMesh) -> Any:
-        """The first tensor of what the module returned, back in the stream, whose `shape` is `[batch, seq, …]`."""
+    def exit(self, output: Any, stream: Tensor | None, mesh: DeviceMesh) -> Any:
+        """The first tensor of what the module returned, back in the stream that it was given, `[batch, seq, …]`; plain and
+        whole if that was (a script that calls the block itself). A term of a sum never leaves the block as if it were the sum.
+        """
         if not isinstance(output, Tensor):
+            if isinstance(output, dict):
+                first, *rest = output
+                beside = {name: self.exit_beside(output[name], mesh) for name in rest}
+                return type(output)(**{first: self.exit(output[first], stream, mesh), **beside})
             first, *rest = output
-            return type(output)((self.exit(first, shape, mesh), *(self.exit_beside(x, mesh) for x in rest)))
-        if output.shape[:2] != shape[:2]:  # [batch * seq, …]
-            output = output.view(*shape[:2], *output.shape[1:])
-        return self.leave_region(output, mesh)
+            return type(output)((self.exit(first, stream, mesh), *(self.exit_beside(x, mesh) for x in rest)))
+        if stream is not None and output.shape[:2] != stream.shape[:2]:  # [batch * seq, …]
+            output = output.view(*stream.shape[:2], *output.shape[1:])
+        return self.leave_region(output, mesh) if isinstance(stream, DTensor) else self.leave_whole(output, mesh)
+
+    def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        """What a rank computed, back in the sharded stream."""
+        return scatter_sequence(partial, mesh)
+
+    def leave_whole(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        """What a rank computed, as the plain whole tensor."""
+        return _ReduceFromRegion.apply(partial, mesh)
+
+    def write_back(self, entered: list[tuple[Tensor, Tensor, int]], mesh: DeviceMesh) -> None:
+        """If the block wrote into what it was given, have its caller see it, as in one process.
+
+        Args:
+            entered: `(stream, what the block was given for it, the version of that)` each.
+        """
+        if torch.compiler.is_compiling():
+            return
+        for stream, full, version in entered:
+            if full._version == version or full is stream:
+                continue
+            written = self.written(full, mesh, isinstance(stream, DTensor))
+            if not torch.is_grad_enabled() or not stream.requires_grad:
+                written = written.detach()
+            # A plain stream is the block's own memory: nothing is written now, and what autograd saved of it holds.
+            shared = (
+                contextlib.nullcontext() if isinstance(stream, DTensor) else _unsafe_preserve_version_counter(stream)
+            )
+            with shared:
+                stream.copy_(written)
+
+    def written(self, full: Tensor, mesh: DeviceMesh, is_sharded: bool) -> Tensor:
+        """What the caller sees of the stream `full`, into which every rank has written alike."""
+        return _OwnTerm.apply(full, mesh) if is_sharded else OneShare.apply(full, mesh.size())
 
     def exit_beside(self, x: Any, mesh: DeviceMesh) -> Any:
         """What a module returns beside its output (a router's logits, attention weights)."""
@@ -647,26 +768,29 @@ class Gather(Block):
         def other(x: Tensor) -> Tensor:  # each rank's gradient of what all ranks hold is a term of the sum
             return _CopyToRegion.apply(x, mesh) if x.is_floating_point() and x.requires_grad else x
 
-        with self.local_parameters(module, gradients):
-            if self.regather_inputs and recompute.is_active():
-                with Region() as region:
+        entered: list[tuple[Tensor, Tensor, int]] = []
+        with self.local_parameters(module, gradients), contextlib.ExitStack() as stack:
+            region = stack.enter_context(Region()) if self.regather_inputs and recompute.is_active() else None
 
-                    def enter(x: Tensor) -> Tensor:
-                        full = enter_region(x, mesh)
-                        region.again(full, regather(x, mesh))
-                        return full
+            def enter(x: Tensor) -> Tensor:
+                full = enter_region(x, mesh)
+                if not torch.compiler.is_compiling():
+                    entered.append((x, full, full._version))
+                if region is not None and isinstance(x, DTensor):
+                    region.again(full, regather(x, mesh))
+                return full
 
-                    args, kwargs, entered = self.map_streams(args, kwargs, enter, mesh.size(), other)
-                    output = inner(*args, **kwargs)
-            else:
-                args, kwargs, entered = self.map_streams(
-                    args, kwargs, lambda x: enter_region(x, mesh), mesh.size(), other
-                )
-                output = inner(*args, **kwargs)
-        return self.exit(output, entered, mesh) if entered else output
+            args, kwargs, stream = self.map_streams(args, kwargs, enter, mesh.size(), other)
+            output = inner(*args, **kwargs)
+        self.write_back(entered, mesh)
+        return self.exit(output, stream, mesh)
 
     def exit_beside(self, x, mesh):
-        if not isinstance(x, Tensor) or not x.requires_grad:
+        if not isinstance(x, Tensor):
+            return x
+        if x.dim() == 4 and x.shape[1] * mesh.size() == self.heads:  # attention weights, of this rank's heads
+            return whole_heads(x, mesh)
+        if not x.requires_grad:
             return x
         x = OneShare.apply(x, mesh.size())
         x._tpsp_shared = True
@@ -684,15 +808,27 @@ class Whole(Block):
         self.forward_collective = self.backward_collective = "all-gather" if config.sequence_parallel else "-"
 
     def run(self, module, inner, gradients, args, kwargs):
-        entered = None
+        entered: list[tuple[Tensor, Tensor, int]] = []
+
+        def enter(x: Tensor) -> Tensor:
+            if not isinstance(x, DTensor):
+                return x
+            full = gather_whole(x)
+            if not torch.compiler.is_compiling():
+                entered.append((x, full, full._version))
+            return full
+
         with self.local_parameters(module, gradients):
-            if self.sequence_parallel:
-                args, kwargs, entered = self.map_streams(args, kwargs, gather_whole, gradients.mesh.size())
+            args, kwargs, stream = self.map_streams(args, kwargs, enter, gradients.mesh.size())
             output = inner(*args, **kwargs)
-        return self.exit(output, entered, gradients.mesh) if entered else output
+        self.write_back(entered, gradients.mesh)
+        return self.exit(output, stream, gradients.mesh) if isinstance(stream, DTensor) else output
 
     def leave_region(self, whole, mesh):
         return slice_sequence(whole, mesh)
+
+    def written(self, full, mesh, is_sharded):
+        return slice_sequence(full, mesh)
 
 
 def is_transposed(module: nn.Module) -> bool:

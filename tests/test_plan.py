@@ -23,7 +23,7 @@ def on_meta(model_type, **settings):
 def test_qwen3():
     assert plan_for(on_meta("qwen3"), TP2) == {
         "model.embed_tokens": "embedding",
-        "model.layers.0": "enter",
+        "model.layers.*": "enter",
         "model.layers.*.input_layernorm": "norm",
         "model.layers.*.self_attn": "gather",
         "model.layers.*.self_attn.q_proj": "colwise",
