@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import compat, guard
+from . import compat, guard, randomness
 from .config import TPSPConfig, environment_flag
 from .plan import decoder_layers, own_parameters, plan_for, rule_for
 from .recompute import selective_contexts
@@ -129,6 +129,8 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     patch_loss(model, plan.loss_parallel)
     guard.install(model, mesh)
+    guard.install(model, mesh["tp"])
+    randomness.install(model, mesh["tp"])
     witness.install(model, gradients)
     return model
 

@@ -36,7 +36,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from transformers.pytorch_utils import Conv1D
 
-from . import recompute
+from . import randomness, recompute
 from .collectives import (
     SEQUENCE,
     all_gather_sequence,
@@ -639,12 +639,14 @@ class Gather(Block):
                         return full
 
                     args, kwargs, entered = self.map_streams(args, kwargs, enter, mesh.size(), other)
-                    output = inner(*args, **kwargs)
+                    with randomness.inside_block(module, entered, mesh):
+                        output = inner(*args, **kwargs)
             else:
                 args, kwargs, entered = self.map_streams(
                     args, kwargs, lambda x: enter_region(x, mesh), mesh.size(), other
                 )
-                output = inner(*args, **kwargs)
+                with randomness.inside_block(module, entered, mesh):
+                    output = inner(*args, **kwargs)
         return self.exit(output, entered, mesh) if entered else output
 
     def exit_beside(self, x, mesh):
