@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate.utils import set_seed
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import hf_tpsp
@@ -15,16 +14,16 @@ from hf_tpsp import TPSPConfig
 
 SMALL = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIGS = {
-    "bloom": dict(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.2, attention_dropout=0.2),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2),
-    "opt": dict(
-        hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=64, dropout=0.2, attention_dropout=0.2, layerdrop=0.4,
-    ),
-    "mixtral": dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, router_jitter_noise=0.3, attention_dropout=0.2,
-    ),
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.2, "attention_dropout": 0.2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
+    "opt": {
+        "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "dropout": 0.2, "attention_dropout": 0.2, "layerdrop": 0.4,
+    },
+    "mixtral": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_local_experts": 4, "router_jitter_noise": 0.3, "attention_dropout": 0.2,
+    },
 }  # fmt: skip
 
 
@@ -48,7 +47,7 @@ def trained(model_type: str, apart: bool, **settings) -> dict:
     group = model._tpsp.mesh["tp"].get_group()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    set_seed(7, device_specific=apart)
+    torch.manual_seed(7 + apart * dist.get_rank())
     in_step = True
     for step, length in enumerate((17, 16, 1, 3)):
         batch = parity.shard_batch(models.batch(2, length, seed=step), model._tpsp.mesh)
@@ -63,11 +62,14 @@ def trained(model_type: str, apart: bool, **settings) -> dict:
     drifted = [
         name
         for name, p in model.named_parameters()
-        if all(isinstance(x, Replicate) or d != "tp" for x, d in zip(p.placements, p.device_mesh.mesh_dim_names))
+        if all(
+            isinstance(x, Replicate) or d != "tp"
+            for x, d in zip(p.placements, p.device_mesh.mesh_dim_names, strict=False)
+        )
         and not alike(p._local_tensor.detach(), group)
     ]
     model.eval()
-    set_seed(7, device_specific=apart)
+    torch.manual_seed(7 + apart * dist.get_rank())
     # The model is far from sure of anything, so other numbers are other tokens.
     tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=True, temperature=5.0)
     tokens = torch.nn.functional.pad(tokens, (0, 9 - tokens.shape[1]))
@@ -85,7 +87,9 @@ def test_replicas_and_generators_stay_alike(ranks, model_type, apart):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(sequence_parallel=False), dict(activation_checkpointing="full"), dict(loss="loss_parallel")], ids=str
+    "settings",
+    [{"sequence_parallel": False}, {"activation_checkpointing": "full"}, {"loss": "loss_parallel"}],
+    ids=str,
 )
 def test_replicas_stay_alike_in_other_settings(ranks, settings):
     for found in ranks.run(2, trained, "gpt2", True, **settings):
@@ -106,3 +110,25 @@ def masks() -> dict[str, bool]:
 
 def test_masks_differ_on_parts_and_agree_on_replicas(ranks):
     assert ranks.run(2, masks) == [{"own": True, "rate": True, "common": True}] * 2
+
+
+def without_head(apart: bool) -> list[str]:
+    """The parameters that differ from one process's when the checkpoint lacks the head and a norm."""
+    reference = models.build("qwen2")
+    folder = parity.shared_folder()
+    if dist.get_rank() == 0:
+        state = {n: p for n, p in reference.state_dict().items() if n not in ("lm_head.weight", "model.norm.weight")}
+        reference.save_pretrained(folder, state_dict=state)
+    dist.barrier()
+    torch.manual_seed(11)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(11 + apart * dist.get_rank())
+    with hf_tpsp.enable(TPSPConfig(tp_size=2, dp_shard_size=2)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = dict(reference.named_parameters())
+    return [n for n, p in model.named_parameters() if not torch.equal(p.full_tensor(), expected[n])]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_missing_parameters_are_one_process_s(ranks, apart):
+    assert ranks.run(4, without_head, apart) == [[]] * 4
