@@ -129,10 +129,10 @@ class Split(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _DRAWS and args and isinstance(args[0], Tensor) and not isinstance(args[0], DTensor):
-            if self.is_own(args[0]):
-                with own_stream(self.rank, args[0].device):
-                    return func(*args, **kwargs)
+        drawn_for = args[0] if func in _DRAWS and args else None
+        if isinstance(drawn_for, Tensor) and not isinstance(drawn_for, DTensor) and self.is_own(drawn_for):
+            with own_stream(self.rank, drawn_for.device):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
