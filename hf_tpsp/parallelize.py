@@ -129,7 +129,6 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     patch_loss(model, plan.loss_parallel)
     guard.install(model, mesh)
-    guard.install(model, mesh["tp"])
     randomness.install(model, mesh["tp"])
     witness.install(model, gradients)
     return model
