@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import compat, guard, outside
+from . import compat, guard, outside, randomness
 from .config import TPSPConfig, environment_flag
 from .outputs import hand_out_whole
 from .plan import decoder_layers, own_parameters, owners_of_layers, plan_for, rule_for
@@ -133,6 +133,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     hand_out_whole(owners_of_layers(model), gradients)
     patch_loss(model, gradients.calls.gathered)
     guard.install(model, mesh)
+    randomness.install(model, mesh["tp"])
     witness.install(model, gradients)
     return model
 

@@ -39,7 +39,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from transformers.pytorch_utils import Conv1D
 
-from . import compat, outside, recompute
+from . import compat, outside, randomness, recompute
 from .collectives import (
     SEQUENCE,
     all_gather_sequence,
@@ -781,7 +781,8 @@ class Gather(Block):
                 return full
 
             args, kwargs, stream = self.map_streams(args, kwargs, enter, mesh.size(), other)
-            output = inner(*args, **kwargs)
+            with randomness.inside_block(module, stream, mesh):
+                output = inner(*args, **kwargs)
         self.write_back(entered, mesh)
         return self.exit(output, stream, mesh)
 

@@ -99,6 +99,9 @@ REFUSED = {
     "eval_use_gather_object": "gathers every sample once per TP rank; leave it out",
     "activation_offloading": "hooks what autograd keeps, as hf_tpsp does; leave it out and set "
     "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
+    "enable_jit_checkpoint": "saves when a timer on each rank says so, and ranks that begin at different steps wait for each "
+    "other for ever; leave it out and set save_steps",
+    "use_kernels": "puts kernels that know nothing of the shards in place of the model's layers; leave it out",
     "use_weighting": "needs a number of each token that the head on vocabulary shards does not compute; leave it out",
     "precompute_ref_log_probs": "hashes the whole reference model, which is sharded; leave it out",
     "sync_ref_model": "copies whole weights from one sharded model to another; leave it out",
@@ -133,6 +136,11 @@ def check_training_arguments(args) -> None:
         problems.append(
             "gradient_checkpointing_kwargs={'selective': True} chooses operations by their names in one process; leave it "
             "out, with gradient_checkpointing=False, and set HF_TPSP_ACTIVATION_CHECKPOINTING=selective"
+        )
+    if (args.activation_checkpointing_kwargs or {}).get("offload"):
+        problems.append(
+            "activation_checkpointing_kwargs={'offload': True} copies what autograd keeps to the host, which a sharded stream "
+            "does not allow; leave offload out (checkpointing keeps 1 / tp of it)"
         )
     if args.fsdp:
         policy = (args.fsdp_config or {}).get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
