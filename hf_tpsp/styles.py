@@ -781,7 +781,7 @@ class Gather(Block):
                 return full
 
             args, kwargs, stream = self.map_streams(args, kwargs, enter, mesh.size(), other)
-            with randomness.inside_block(module, stream, mesh):
+            with randomness.inside_block(module, None if stream is None else stream.shape, mesh):
                 output = inner(*args, **kwargs)
         self.write_back(entered, mesh)
         return self.exit(output, stream, mesh)
