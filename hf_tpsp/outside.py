@@ -45,7 +45,6 @@ class Calls:
         self.groups = [compat.HiddenGroup(group) for group in compat.fsdp_groups(model)]
         self.depth = 0  # of calls, one inside the other
         self.parts: set[nn.Module] = set()  # that are gathered with the model
-        self.all_alike = False  # whether a part is running on whole tensors, alike on every rank
 
     @property
     def is_outside(self) -> bool:
@@ -99,11 +98,7 @@ class Calls:
                 f"This {type(module).__name__} is part of a decoder layer of a sharded model, and holds a part of its "
                 "parameters. Call the whole layer, or read what you need with a forward hook during the model's own forward."
             )
-        self.all_alike = style.has_gradients_alike
-        try:
-            return self.run(inner, args, kwargs)
-        finally:
-            self.all_alike = False
+        return self.run(inner, args, kwargs)
 
     def whole(self, output: Any) -> Any:
         """What a part returned, with whole plain tensors in place of sharded ones. Every rank must call it."""

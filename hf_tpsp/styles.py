@@ -122,10 +122,7 @@ class ReplicatedGradients:
         """`param` as a plain tensor whose gradient is one rank's term of the sum."""
         if torch.compiler.is_compiling():  # a compiled layer; the head has armed by then
             return param.to_local(grad_placements=param.placements)
-        local = _LocalReplica.apply(param, self)
-        if self.calls is not None and self.calls.all_alike:
-            return OneShare.apply(local, self.mesh.size())
-        return local
+        return _LocalReplica.apply(param, self)
 
     def arm_with(self, hidden: Tensor) -> None:
         """Arm when the gradient arrives at what the head was given."""
@@ -261,7 +258,6 @@ class Style:
 
     forward_collective = "-"
     backward_collective = "-"
-    has_gradients_alike = False  # whether, on whole tensors, the ranks' gradients of what `is_partial` are no terms
 
     def __init__(self, config: TPSPConfig):
         self.parameter_rules: dict[str, str] = {}  # the plan's, for single parameters: `split:0`, `packed:1,2`, `mean`
@@ -509,8 +505,6 @@ class Norm(Style):
 
     With `regather_inputs` only its input is kept, and it runs once more in backward.
     """
-
-    has_gradients_alike = True
 
     def is_partial(self, name):
         return self.sequence_parallel

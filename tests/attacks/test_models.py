@@ -194,7 +194,7 @@ def seeds_that_drop() -> list[int]:
 
 
 def alone(config):
-    """A layer, a block and a norm that the script calls with a plain tensor, positional or inside a list."""
+    """A layer and a norm that the script calls with a plain tensor; a block, which holds a part of a layer that FSDP gathers whole."""
     reference, model = build("qwen3"), build("qwen3")
     hf_tpsp.parallelize(model, config)
     batch, worst = models.batch(2, 13), 0.0
@@ -206,15 +206,12 @@ def alone(config):
     for part in (reference, model):
         x = values.clone().requires_grad_()
         positions = part.model.rotary_emb(x, torch.arange(13).unsqueeze(0))
-        layer = part.model.layers[1]
-        outs = [
-            part.model.layers[0](x, position_embeddings=positions),
-            layer.self_attn(hidden_states=x, position_embeddings=positions, attention_mask=None)[0],
-            layer.mlp(x), part.model.norm(x), layer.mlp(layer.post_attention_layernorm(x)),
-        ]  # fmt: skip
+        outs = [part.model.layers[0](x, position_embeddings=positions), part.model.norm(x)]
         assert not any(isinstance(out, DTensor) for out in outs)
         sum((out * out.tanh()).sum() for out in outs).backward()
         xs.append((x.grad, outs))
+    with pytest.raises(ValueError, match="part of a decoder layer"):
+        model.model.layers[1].mlp(values)
     worst = larger(worst, relative(xs[1][0], xs[0][0]))
     for a, b in zip(xs[1][1], xs[0][1], strict=True):
         worst = larger(worst, relative(a, b))
