@@ -177,7 +177,7 @@ def run(models: dict[str, nn.Module], config: Qwen2Config, tokens: int, args: ar
 def check_losses(variants: dict[str, dict]) -> None:
     """Raise `RuntimeError` unless all variants that were given the same row found the same loss."""
     losses = {name: found["loss"] for name, found in variants.items() if name != "fsdp2" and "loss" in found}
-    if losses and max(losses.values()) - min(losses.values()) > 1e-4:
+    if losses and not max(losses.values()) - min(losses.values()) <= 1e-4:
         raise RuntimeError(f"The variants do not compute the same loss: {losses}.")
 
 

@@ -199,7 +199,7 @@ def logits_of_calls() -> dict:
 def test_logits_stay_reachable(ranks):
     for result in ranks.run(2, logits_of_calls):
         assert result["kinds"] == ["LazyLogits", "Tensor", "Tensor", "LazyLogits"]
-        assert max(result["errors"]) < 1e-5
+        assert parity.largest(result["errors"]) < 1e-5
         assert result["loss"] < 1e-5
         assert result["generated"]
 

@@ -141,7 +141,7 @@ def assert_equal_logs(
     for name in names:
         one, mesh = ([entry[name] for entry in log if names[0] in entry] for log in (expected, found))
         assert len(one) == len(mesh) == entries, name
-        worst = max(abs(a - b) / (abs(a) or 1) for a, b in zip(one, mesh, strict=True))
+        worst = parity.largest(abs(a - b) / (abs(a) or 1) for a, b in zip(one, mesh, strict=True))
         assert worst < limits.get(name, LIMIT), (name, one, mesh)
 
 

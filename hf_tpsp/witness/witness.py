@@ -65,7 +65,7 @@ class Witness:
         self.next = None if first == "off" else 0
         self.forwards = 0
         self.wholes: dict[str, nn.Module] = {}
-        if self.next is None:
+        if self.next is None or config.tp_size == 1:  # nothing is split
             return
         seen = set()
         for name, module in model.named_modules():
