@@ -15,7 +15,6 @@ The samples are random ids: `python recipes/parity.py --make-data recipes/data/p
 
 import argparse
 import json
-import math
 import os
 import resource
 import signal
@@ -37,6 +36,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import hf_tpsp
+from hf_tpsp.comparison import Errors, relative, relative_number
 
 COMMAND = "accelerate launch --config_file hf_tpsp/presets/cpu_2x2.yaml recipes/parity.py"
 DATA = Path(__file__).parent / "data" / "parity.jsonl"
@@ -110,17 +110,15 @@ def run_sharded(samples: list[dict], targets: int, config: hf_tpsp.TPSPConfig, f
     return model, total.item() / config.tp_size
 
 
-def compare_gradients(model: torch.nn.Module, folder: str) -> dict[str, float]:
-    """Relative error of each parameter's gradient, on rank 0. One full gradient at a time is gathered."""
-    errors = {}
+def compare_gradients(model: torch.nn.Module, folder: str) -> Errors:
+    """The relative error of each parameter's gradient, on rank 0. One full gradient at a time is gathered."""
+    errors = Errors()
     with safe_open(f"{folder}/gradients.safetensors", framework="pt") as saved:
         assert set(saved.keys()) == {name for name, _ in model.named_parameters()}
         for name, parameter in model.named_parameters():
             found = parameter.grad.full_tensor()
             if dist.get_rank() == 0:
-                expected = saved.get_tensor(name)
-                norm = expected.norm().item()
-                errors[name] = found.sub_(expected).norm().item() / (norm or 1.0)
+                errors.add("gradient", relative(found, saved.get_tensor(name)), name)
             del found  # before the next one is gathered
     return errors
 
@@ -170,14 +168,13 @@ def main() -> None:
     dist.all_gather_object(memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
     passed = [None]
     if first:
-        loss_error = abs(found / expected - 1)
-        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
-        passed = [loss_error <= TOLERANCE and errors[worst] <= TOLERANCE]
+        errors.add("loss", relative_number(found, expected))
+        passed = [errors.within(TOLERANCE)]
         table = Table("", "plain", "sharded", title=f"Qwen2.5-0.5B, {args.layers} layers, fp32")
         table.add_row("summed loss", f"{expected:.6f}", f"{found:.6f}")
-        table.add_row("relative difference", "", f"{loss_error:.1e}")
-        table.add_row(f"largest difference of {len(errors)} gradients", "", f"{errors[worst]:.1e}")
-        table.add_row(f"  {worst}")
+        table.add_row("relative difference", "", f"{errors.loss:.1e}")
+        table.add_row(f"largest difference of {len(errors.of)} gradients", "", f"{errors.gradient:.1e}")
+        table.add_row(f"  {errors.parameter}")
         table.add_row("peak maxrss per rank, GiB", "in rank 0's", " ".join(f"{gib:.1f}" for gib in memory))
         table.add_row("seconds", f"{plain_seconds:.0f}", f"{sharded_seconds:.0f}")
         console.print(table)

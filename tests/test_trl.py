@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import models
+import parity
 import pytest
 import torch
 import torch.nn.functional as F
