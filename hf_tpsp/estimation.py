@@ -85,10 +85,13 @@ class Hardware:
 
         Rings that leave a host use the links of all the ranks that the group has there.
         """
-        stride = {"tp": 1, "dp_shard": choices.tp_size, "dp_replicate": choices.tp_size * choices.dp_shard_size}[dim]
-        size = {"tp": choices.tp_size, "dp_shard": choices.dp_shard_size, "dp_replicate": choices.dp_replicate_size}[
-            dim
-        ]
+        if dim == "world":  # the batch check
+            stride, size = 1, choices.world_size
+        else:
+            stride = {"tp": 1, "dp_shard": choices.tp_size, "dp_replicate": choices.tp_size * choices.dp_shard_size}[
+                dim
+            ]
+            size = getattr(choices, f"{dim}_size")
         if stride * size <= self.per_host:
             return False, self.link_inside
         members = max(1, self.per_host // stride)

@@ -342,6 +342,10 @@ def saved_by_a_layer(model: PreTrainedModel, ids: Tensor) -> int:
 # ---- the least that theory allows ------------------------------------------------------------------------------------
 
 
+CHECK_BYTES = 6 * 8
+"""What a rank sends of its batch to be compared (`guard.py`)."""
+
+
 def saved_activation_bytes(
     config: PreTrainedConfig, tokens: int, ranks: int, itemsize: int = ITEM, fused_activation: bool = False
 ) -> float:
@@ -402,9 +406,22 @@ def collective_floor(
         need("all-gather", 1, 2 * tokens * ranks * ITEM)
     else:  # maximum, sum of exponentials, the label's logit
         need("all-reduce", 3, tokens * ITEM)
-    need("all-gather", 1, 3 * 8 * ranks)  # the check that all ranks were fed the same batch
+    if ranks == choices.world_size:
+        need("all-gather", 1, CHECK_BYTES * ranks)
     need("all-reduce", 1, replicated)  # gradients of all norms
     return dict(floor)
+
+
+def check_floor(choices: TPSPConfig) -> dict[tuple[str, str], Traffic]:
+    """The check that all ranks were fed the same batch, over `(mesh dim, kind)`: `"world"`, unless all ranks are in one dim.
+    Over TP it is part of `collective_floor`."""
+    world = choices.world_size
+    if world == choices.tp_size:
+        return {}
+    dim = next((d for d in ("dp_shard", "dp_replicate") if getattr(choices, f"{d}_size") == world), "world")
+    floor = {(dim, "all-gather"): Traffic()}
+    floor[dim, "all-gather"].add("all-gather", CHECK_BYTES * world, world)
+    return floor
 
 
 def fsdp_floor(

@@ -47,7 +47,7 @@ from .chunked import ChunkedHead
 from .collectives import stream_spec
 from .compat import replace, unsharded_numels
 from .config import TPSPConfig
-from .measure import CollectiveBytes, Flops, TensorBytes, Traffic, collective_floor, fsdp_floor, local_part
+from .measure import CollectiveBytes, Flops, TensorBytes, Traffic, check_floor, collective_floor, fsdp_floor, local_part
 from .parallelize import MESH_DIMS, parallelize, parallelized_model
 from .plan import decoder_layers
 from .trainer import keep_fp32_masters
@@ -250,7 +250,8 @@ def record_step(
         marks.insert(-1, marks[-1])
     segments = _segments(memory, names, [*marks, end], gradients, len(layers))
     mesh = inner._tpsp.mesh
-    dims = {frozenset(dist.get_process_group_ranks(mesh[dim].get_group())): dim for dim in MESH_DIMS}
+    dims = {frozenset(range(dist.get_world_size())): "world"}  # of the batch check, unless a dim has all ranks
+    dims |= {frozenset(dist.get_process_group_ranks(mesh[dim].get_group())): dim for dim in MESH_DIMS}
     traffic = {(dims[group], kind): found for (group, kind), found in sent.by_group.items()}
     return Step(start, segments, traffic, computed.total, len(layers))
 
@@ -476,9 +477,11 @@ def _floor(model: nn.Module, choices: TPSPConfig, job: Job) -> dict[tuple[str, s
     layers = decoder_layers(model)
     units = [sum(unsharded_numels(layer)) for layer in layers]
     units.append(sum(unsharded_numels(model)) - sum(units))
-    return {("tp", kind): found for kind, found in tp.items()} | fsdp_floor(
-        units, choices, computed, max(master, computed)
-    )
+    floor = {("tp", kind): found for kind, found in tp.items()}
+    floor |= fsdp_floor(units, choices, computed, max(master, computed))
+    for key, traffic in check_floor(choices).items():
+        floor[key] = floor.get(key, Traffic()) + traffic
+    return floor
 
 
 # ---- the pattern of the layers ---------------------------------------------------------------------------------------

@@ -212,5 +212,7 @@ def relative_error(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def limit_of(dtype: torch.dtype, device: torch.device) -> float:
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     is_tf32 = dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return LIMIT_TF32 if is_tf32 else LIMITS[dtype]
