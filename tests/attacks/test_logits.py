@@ -1,0 +1,220 @@
+"""What is written into logits before the loss acts, in the model's own forward and in the script after it."""
+
+import models
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2ForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import hf_tpsp
+from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
+from hf_tpsp.comparison import Errors, compare_gradients, full, relative, relative_number, shard_batch
+from hf_tpsp.logits import LazyLogits
+from hf_tpsp.loss import vocab_parallel_statistics
+
+LOSSES = ("chunked", "loss_parallel")
+MIN, WORDS, FIRST = torch.finfo(torch.float32).min, 131, 97
+
+
+def put(*key, value=MIN):
+    def write(x):
+        x[key] = value
+        return x
+
+    return write
+
+
+def in_view(view, write=lambda v: v.fill_(-3.0)):
+    def write_through(x):
+        write(view(x))
+        return x
+
+    return write_through
+
+
+def rows(x):
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(x.shape[:2], generator=generator) > 0.5
+
+
+def mul_and_bind(x):
+    x *= 0.25
+    x += 1.0
+    return x
+
+
+def before_and_after(x):
+    scaled = x * 2.0
+    x.mul_(0.25)
+    return scaled + x
+
+
+def seen_by_a_view(x):
+    view = x[:, 1:]
+    x.mul_(0.25)
+    return torch.cat([x[:, :1] * 3.0, view], 1)
+
+
+def without_gradient(x):
+    with torch.no_grad():
+        x.mul_(0.25)
+        x[..., 5:9] = 1.0
+    return x
+
+
+def through_data(x):
+    x.data.mul_(0.25)
+    return x
+
+
+def detached_view(x):
+    x.detach()[..., 3:20].zero_()
+    return x
+
+
+def column_from_columns(x):
+    x[..., 0] = x[..., 1:].logsumexp(-1)
+    return x
+
+
+def then_scaled(x):
+    x[rows(x)] = -1.0
+    return (x / 2.0).float()
+
+
+def alias(x):
+    same = x.float()
+    same[..., FIRST:] = MIN
+    return x
+
+
+# What can be noted down: no logits of all tokens are made for it.
+NOTED = {
+    "mul_": lambda x: x.mul_(0.25),
+    "div_": lambda x: x.div_(3.0),
+    "*= +=": mul_and_bind,
+    "softcap": lambda x: x.div_(2.0).tanh_().mul_(2.0),
+    "clamp_": lambda x: x.clamp_(-0.5, 0.5),
+    "columns": put(..., slice(FIRST, None)),
+    "columns of 3": put(slice(None), slice(None), slice(FIRST, None)),
+    "column": put(..., 5),
+    "list": put(..., [0, 7, 130, -2]),
+    "words": put(slice(None), slice(None), torch.tensor([0, 7, 130])),
+    "mask of words": put(..., torch.arange(WORDS) % 3 == 0),
+    "all words of a rank": put(..., slice(66, None), value=-torch.inf),
+    "masked_fill_ words": lambda x: x.masked_fill_(torch.arange(WORDS) > FIRST, MIN),
+    "masked_fill words": lambda x: x.masked_fill(torch.arange(WORDS) > FIRST, MIN),
+    "index_fill_": lambda x: x.index_fill_(-1, torch.tensor([0, 130]), MIN),
+    "twice": lambda x: put(..., slice(FIRST, None))(x.mul_(0.5)).mul_(0.5),
+    "alias": alias,
+}  # fmt: skip
+WHOLE = {
+    "tokens": put(slice(None), 3, value=0.5),
+    "mask": lambda x: put(torch.sin(torch.arange(WORDS) + rows(x).float().unsqueeze(-1)) > 0.2, value=-1.0)(x),
+    "rows": lambda x: put(rows(x), value=-1.0)(x),
+    "masked_fill_": lambda x: x.masked_fill_(rows(x).unsqueeze(-1), -2.0),
+    "bias": lambda x: x.add_(torch.linspace(-1, 1, WORDS)),
+    "temperature of each token": lambda x: x.div_(1.0 + rows(x).float().unsqueeze(-1)),
+    "in a view": in_view(lambda x: x[..., FIRST:]),
+    "in a row": in_view(lambda x: x[0]),
+    "in a narrowed view": in_view(lambda x: x.narrow(-1, 0, 70), lambda v: v.mul_(0.1)),
+    "in a flat view": in_view(lambda x: x.view(-1, WORDS)[::2, 3:]),
+    "scatter_": lambda x: x.scatter_(-1, rows(x).long().unsqueeze(-1), -2.0),
+    "relu": lambda x: F.leaky_relu(x, 0.1, inplace=True),
+    "columns mixed": column_from_columns,
+    "seen by a view": seen_by_a_view,
+    "detached": detached_view,
+    "no_grad": without_gradient,
+    "data": through_data,
+    "then scaled": then_scaled,
+    "noted, then whole": lambda x: put(rows(x), value=-1.0)(x.mul_(0.25)).mul_(2.0),
+    "before and after": before_and_after,
+}  # fmt: skip
+
+
+class Writing(Qwen2ForCausalLM):
+    """A model whose own forward writes into its logits."""
+
+    write = staticmethod(lambda x: x)
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = self.write(self.lm_head(self.model(input_ids, use_cache=False).last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def built() -> Writing:
+    model = Writing(models.config("qwen2"))
+    model.load_state_dict(models.build("qwen2").state_dict())
+    return model.train()
+
+
+def loss_of(logits, labels):
+    """A script's own: on shards if that can be."""
+    labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    if isinstance(logits, LazyLogits):
+        return vocab_parallel_cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
+def errors_of_writes(config: TPSPConfig, names: list[str]) -> dict[str, Errors]:
+    reference, model = built(), hf_tpsp.parallelize(built(), config)
+    mesh, found = model._tpsp.mesh, {}
+    batch = models.batch(2 * config.dp_size, 17)
+    batch["labels"] = batch["labels"].masked_fill(batch["labels"] >= 66, -100)  # of words that no write masks for good
+    mine = shard_batch(batch, mesh)
+    items = (batch["labels"][:, 1:] != -100).sum()
+    for name in names:
+        write = {**NOTED, **WHOLE}[name]
+        per_row = [{n: x[i * 2 : i * 2 + 2] for n, x in batch.items()} for i in range(config.dp_size)]
+        for where in ("script", "script's own loss", "forward"):
+            errors, losses, outputs = found.setdefault(f"{name}, {where}", Errors()), [], []
+            Writing.write = staticmethod(write if where == "forward" else lambda x: x)
+            for part, batches in ((reference, per_row), (model, [mine])):
+                part.zero_grad()
+                total = 0.0
+                for b in batches:
+                    if where == "forward":
+                        out = part(**b, num_items_in_batch=items)
+                        loss, logits = out.loss, out.logits
+                    else:
+                        logits = part(input_ids=b["input_ids"]).logits
+                        returned = write(logits)
+                        if where == "script's own loss":
+                            x = returned[:, :-1].flatten(0, 1).float()
+                            loss = F.cross_entropy(x, b["labels"][:, 1:].flatten(), reduction="sum") / items
+                        else:
+                            loss = loss_of(returned, b["labels"]) / items
+                    (loss * config.dp_size if part is model else loss).backward()
+                    total += loss.item()
+                    outputs.append(full(logits.detach()))
+                losses.append(total)
+            compare_gradients(reference, model, errors, rounding=True)
+            row = mesh["dp_shard"].get_local_rank()
+            errors.add("norm", relative(outputs[-1], outputs[row]))  # of the same object, as it is now
+            total = torch.tensor(losses[1], dtype=torch.float64)
+            torch.distributed.all_reduce(total)
+            errors.add("loss", relative_number(total.item() / config.tp_size, losses[0]))
+    Writing.write = staticmethod(lambda x: x)
+    return found
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("names", "config"),
+    [
+        (list(NOTED), {"dp_shard_size": 2}),
+        (list(WHOLE), {"dp_shard_size": 2}),
+        (["*= +=", "columns", "rows", "columns mixed", "data"], {"sequence_parallel": False}),
+    ],
+    ids=["noted", "whole", "without SP"],
+)
+def test_writes(ranks, names, config, loss):
+    config = TPSPConfig(tp_size=2, loss=loss, **config)
+    for found in ranks.run(config.world_size, errors_of_writes, config, names):
+        bad = {name: errors for name, errors in found.items() if not errors.within(1e-5)}
+        assert not bad, bad
