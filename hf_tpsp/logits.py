@@ -141,18 +141,22 @@ class LazyLogits(Tensor):
     def materialize(self) -> DTensor:
         """What `pointwise` makes of the head's output, `Shard(-1)`: runs the ordinary head, once."""
         if self._value is None:
-            with (self.gathered or contextlib.nullcontext)():
-                value = self._run(self.hidden)
-            if self.pointwise:
-                local, spec = value.to_local(grad_placements=value.placements), value._spec
-                first = shard_width(value.shape[-1], spec.mesh.size()) * spec.mesh.get_local_rank()
-                for operation in self.pointwise:
-                    local = operation(local, first)
-                value = DTensor.from_local(
-                    local, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
-                )
-            self._value = self.hook(value)
+            # With its gradient, also where `torch.no_grad` looks at them first.
+            with torch.set_grad_enabled(self.requires_grad), (self.gathered or contextlib.nullcontext)():
+                self._value = self.hook(self._shape(self._run(self.hidden)))
         return self._value
+
+    def _shape(self, value: DTensor) -> DTensor:
+        """`pointwise` of `value`."""
+        if not self.pointwise:
+            return value
+        local, spec = value.to_local(grad_placements=value.placements), value._spec
+        first = shard_width(value.shape[-1], spec.mesh.size()) * spec.mesh.get_local_rank()
+        for operation in self.pointwise:
+            local = operation(local, first)
+        return DTensor.from_local(
+            local, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
+        )
 
     def read(self) -> Tensor:
         """The logits, whole and plain. What is written into them is written into these."""
@@ -163,7 +167,8 @@ class LazyLogits(Tensor):
                     "hf_tpsp: the logits are read in training, so they are gathered whole on every rank. "
                     "hf_tpsp.vocab_parallel_cross_entropy computes a loss from them as they are."
                 )
-            self._whole = _Whole.apply(value)
+            with torch.set_grad_enabled(self.requires_grad):
+                self._whole = _Whole.apply(value)
             self._whole_version = None if self._whole.is_inference() else self._whole._version
         return self._whole
 
