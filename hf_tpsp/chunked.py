@@ -56,7 +56,7 @@ class ChunkedHead:
         placements: of the hidden states on it, sharded over the sequence or replicated.
         shape: of the whole hidden states, `[..., hidden]`.
         vocab_size: rows of the whole head.
-        pointwise: elementwise functions between head and loss (scale, softcap).
+        pointwise: functions between head and loss (scale, softcap), of a chunk's logits and the number of their first column.
         statistics: whether entropy, top-1 and mean logit are asked for.
     """
 
@@ -110,7 +110,7 @@ class ChunkedHead:
         with torch.set_grad_enabled(needs_grad):
             shaped = raw.requires_grad_(needs_grad)
             for operation in self.pointwise:
-                shaped = operation(shaped)
+                shaped = operation(shaped, self.first_row)
         return raw, shaped, shaped.detach().to(dtype, copy=True)
 
     def owned(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -126,21 +126,24 @@ class ChunkedHead:
         """
         size, valid = self.mesh.size(), labels != self.ignore_index
         owned, local = self.owned(labels, x.shape[1])
-        maximum = x.amax(1)
-        label_logit = x.gather(1, local).squeeze(1)
-        terms = [maximum, label_logit * owned]
+        largest = x.amax(1)
+        is_empty = largest == -torch.inf  # all of this rank's words are masked
+        maximum = largest.masked_fill(is_empty, 0)
+        label_logit = x.gather(1, local).squeeze(1).masked_fill(~owned, 0)
+        terms = [maximum, label_logit]
         if self.smoothing or self.statistics:
             terms.append(x.sum(1))
         if self.statistics:
             # Is the label the arg-max? Its owner says so with -inf, or +inf if even here another logit comes first;
             # the others hold their largest logit against it.
             here = torch.where(x.argmax(1) == local.squeeze(1), -torch.inf, torch.inf)
-            terms.append(torch.where(owned, here, maximum))
+            terms.append(torch.where(owned, here, largest))
         exponentials = x.sub_(maximum.unsqueeze(1)).exp_()
         total = exponentials.sum(1)
         terms[0] = total.log() + maximum
         if self.statistics:  # Σ p x of this rank's own distribution; entr(e) = -e log e, and 0 at 0
-            terms.append(maximum - torch.special.entr(exponentials).sum(1) / total)
+            entropies = torch.special.entr(exponentials).sum(1) / total
+            terms.append((maximum - entropies).masked_fill(is_empty, 0))
 
         terms = torch.stack(terms)
         gathered = all_gather(terms, self.mesh).unflatten(0, (size, -1))
@@ -158,7 +161,7 @@ class ChunkedHead:
             ranks = torch.arange(size, device=x.device).unsqueeze(1)
             rival = gathered[:, -2]
             is_top1 = valid & torch.where(ranks < owner, rival < label_logit, rival <= label_logit).all(0)
-        return maximum, lse, TokenStatistics(nll, entropy, is_top1, mean_logit)
+        return torch.where(is_empty, lse, maximum), lse, TokenStatistics(nll, entropy, is_top1, mean_logit)
 
     def gradient_(self, x: Tensor, scale: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
         """Gradient of `Σ upstream * nll`, in the place of `x`, where `scale * x` are the probabilities."""

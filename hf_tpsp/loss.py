@@ -105,7 +105,8 @@ def _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, sm
     local = labels - start
     owned = (local >= 0) & (local < columns) & valid
     local = local.masked_fill(~owned, 0).unsqueeze(1)
-    terms = torch.stack([local_logits.gather(1, local).squeeze(1) * owned, local_logits.sum(1)])
+    label_logit = local_logits.gather(1, local).squeeze(1).masked_fill(~owned, 0)
+    terms = torch.stack([label_logit, local_logits.sum(1)])
     dist.all_reduce(terms, group=mesh.get_group())
     loss = loss + smoothing * (terms[0] - terms[1] / vocab_size) * valid
     if grad is not None:
@@ -144,12 +145,14 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}.")
     flat = labels.reshape(-1).to(logits.device)
     valid = (flat != ignore_index).sum()
-    if isinstance(logits, LazyLogits):
+    if isinstance(logits, LazyLogits) and logits.is_chunked:
         head, tensors = _chunked_head(logits, ignore_index, label_smoothing, statistics=False)
         if reduction == "none":
             return logits.hook(token_statistics(head, *tensors, flat).nll).view(labels.shape)
         divisor = valid if reduction == "mean" else torch.ones_like(valid)
         return logits.hook(summed_loss(head, *tensors, flat, divisor))
+    if isinstance(logits, LazyLogits):
+        logits = logits.sharded()
     local = logits.to_local(grad_placements=logits.placements)
     loss = _VocabParallelCrossEntropy.apply(
         local.reshape(-1, local.shape[-1]), flat, logits.device_mesh, logits.shape[-1], ignore_index, label_smoothing
@@ -169,10 +172,21 @@ def vocab_parallel_statistics(
     of `nll` is exact for any upstream gradient; the others have none.
     """
     _check(logits, labels, ignore_index)
+    if not logits.is_chunked:
+        return _statistics_of_whole(logits.read(), labels, ignore_index)
     head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
     found = token_statistics(head, *tensors, labels.reshape(-1).to(logits.device))
     nll, *others = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1, found.mean_logit))
     return TokenStatistics(logits.hook(nll), *others)
+
+
+def _statistics_of_whole(logits: Tensor, labels: Tensor, ignore_index: int) -> TokenStatistics:
+    """The same from whole logits, which something was written into."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(x.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=ignore_index)
+    with torch.no_grad():
+        entropy = torch.special.entr(x.softmax(-1)).sum(-1)
+        return TokenStatistics(nll.view(labels.shape), entropy, x.argmax(-1) == labels, x.mean(-1))
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:

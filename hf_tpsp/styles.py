@@ -1046,8 +1046,11 @@ class Adapter(Style):
 class Head(Style):
     """The language-model head: logits `[batch, seq, vocab]` stay sharded over the vocabulary. Weight and bias Shard(0).
 
+    It runs when its logits are read (`LazyLogits`), by the loss as a rule.
     Forward: all-gather (of the hidden states). Backward: reduce-scatter. (Without SP: none, all-reduce.)
     """
+
+    is_chunked = False
 
     def __init__(self, config: TPSPConfig):
         super().__init__(config)
@@ -1058,22 +1061,10 @@ class Head(Style):
         return Shard(0)
 
     def run(self, module, inner, gradients, args, kwargs):
-        gradients.arm_with(args[0])
-        hidden = enter_region(args[0], gradients.mesh)
-        with self.local_parameters(module, gradients):
-            logits = inner(hidden)
-        return sharded_features(logits, module.out_features, gradients.mesh)
-
-
-class LazyHead(Head):
-    """A head that runs together with the loss, in chunks of tokens, or when its logits are read (`LazyLogits`)."""
-
-    def run(self, module, inner, gradients, args, kwargs):
         (hidden,) = args
         gradients.arm_with(hidden)
         if not isinstance(hidden, DTensor):  # without SP the stream is plain
             hidden = DTensor.from_local(hidden, gradients.mesh, [Replicate()], run_check=False)
-        run_head = super().run
 
         def parameters() -> tuple[Tensor, Tensor | None]:
             own = module._parameters
@@ -1082,10 +1073,18 @@ class LazyHead(Head):
             )
 
         def run(hidden: DTensor) -> DTensor:
-            hidden = hidden if self.sequence_parallel else hidden.to_local(grad_placements=hidden.placements)
-            return run_head(module, inner, gradients, (hidden,), {})
+            local = hidden if self.sequence_parallel else hidden.to_local(grad_placements=hidden.placements)
+            with self.local_parameters(module, gradients):
+                logits = inner(enter_region(local, gradients.mesh))
+            return sharded_features(logits, module.out_features, gradients.mesh)
 
-        return LazyLogits(hidden, module, run, parameters)
+        return LazyLogits(hidden, module, run, parameters if self.is_chunked else None)
+
+
+class LazyHead(Head):
+    """A head that runs together with the loss, in chunks of tokens."""
+
+    is_chunked = True
 
 
 STYLES: dict[str, type[Style]] = {
