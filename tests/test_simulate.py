@@ -86,13 +86,14 @@ def test_truth(ranks):
 
 
 def test_sent_is_the_floor():
-    """A model without peculiarities sends what theory asks for, on every dim: bytes and, but for the loss's chunks, count."""
+    """A model without peculiarities sends what theory asks for, on every dim: bytes and, but for the loss's chunks, count. All
+    ranks together compare their batch."""
     config = models.config("llama", num_hidden_layers=4, attention_bias=False, mlp_bias=False, vocab_size=128)
     choices = TPSPConfig(tp_size=2, dp_shard_size=4, dp_replicate_size=2, mixed_precision="bf16")
     with simulated_world(16):
         step = simulate_step(config, choices, Job(seq=32))
     assert step.traffic == step.floor
-    assert {dim for dim, _ in step.traffic} == {"tp", "dp_shard", "dp_replicate"}
+    assert {dim for dim, _ in step.traffic} == {"tp", "dp_shard", "dp_replicate", "world"}
 
 
 def test_lora_trains_adapters_only():
