@@ -136,7 +136,11 @@ def start_forward(model: nn.Module) -> None:
     torch 2.13 takes the first module that is called for its root, and after an exception it goes on where it stopped, unless
     `reset_iter_state` is called. Delete what it does itself.
     """
+    from .options import check_dtypes
+
     state = model._get_fsdp_state()
+    if state._is_root is None:  # the first forward: torch would fail in an assertion
+        check_dtypes(model)
     state._lazy_init()
     if state._state_ctx.post_backward_final_callback_queued:  # and never ran
         for record in fsdp_parameters(model):  # what came of that backward
@@ -222,10 +226,12 @@ def _patch_prepare(original):
     @functools.wraps(original)
     def prepare(self, *args, device_placement=None):
         from .parallelize import is_parallelized
-        from .trainer import set_mixed_precision
+        from .trainer import parallelize_prepared, set_mixed_precision
 
+        replaced = parallelize_prepared(args)
         sharded = [isinstance(arg, nn.Module) and is_parallelized(arg) for arg in args]
         if not any(sharded):
+            _follow_parameters(args, replaced)
             return original(self, *args, device_placement=device_placement)
         for model in (arg for arg, ours in zip(args, sharded, strict=True) if ours):
             if self.mixed_precision not in ("no", "bf16"):
@@ -236,6 +242,7 @@ def _patch_prepare(original):
                 set_mixed_precision(model)
             if not any(model is known for known in self._models):
                 self._models.append(model)
+        _follow_parameters(args, replaced)
         result = args
         for first_pass in (True, False):  # schedulers come second: they need the prepared optimizers
             result = tuple(
@@ -248,6 +255,35 @@ def _patch_prepare(original):
         return result if len(result) > 1 else result[0]
 
     return prepare
+
+
+def _follow_parameters(args: tuple, replaced: list[tuple[nn.Module, dict[str, nn.Parameter]]]) -> None:
+    """Point the optimizers in `args` at the sharded parameters, as accelerate's own FSDP2 path does.
+
+    Args:
+        replaced: each model that has just been sharded, with the parameters that it had before, by name. Each remembers
+            what took its place.
+
+    Raises:
+        ValueError: such an optimizer has taken steps; its state is of whole parameters.
+    """
+    for model, before in replaced:
+        now = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in before.items():
+            parameter._tpsp_replaced_by = now[name]
+    for optimizer in args:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            continue
+        old = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, "_tpsp_replaced_by")]
+        if any(optimizer.state.get(p) for p in old):
+            raise ValueError(
+                "This optimizer has taken steps on the whole model that accelerator.prepare has sharded since. Make it, or "
+                "load its state, after accelerator.prepare(model)."
+            )
+        for p in old:
+            optimizer.state.pop(p, None)
+        for group in optimizer.param_groups:
+            group["params"] = [getattr(p, "_tpsp_replaced_by", p) for p in group["params"]]
 
 
 def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) -> None:

@@ -24,12 +24,15 @@ from transformers.utils import logging
 
 from . import compat
 from .config import TPSPConfig
+from .options import REPLACES_LAYERS
 from .parallelize import build_mesh, is_parallelized, parallelize
 
 logger = logging.get_logger(__name__)
 
 # Arguments of from_pretrained that place or convert the model in another way.
 PLACEMENT = ("device_map", "tp_plan", "tp_size", "distributed_config", "quantization_config")
+# Arguments that put other code in place of the layers.
+KERNELS = ("use_kernels", "kernel_config")
 
 
 class _Ours(DistributedConfig):
@@ -124,6 +127,9 @@ def install(config: TPSPConfig) -> Callable[[], None]:
                         f"from_pretrained({name}=…) places the model in another way than hf_tpsp does. Leave {name} "
                         "out, or load this model before hf_tpsp.enable()."
                     )
+            for name in KERNELS:
+                if kwargs.get(name):
+                    raise ValueError(f"from_pretrained({name}=…) {REPLACES_LAYERS}.")
             check_not_quantized(kwargs.get("config"))  # as the auto class has read it
             return original.__func__(cls, *args, **kwargs, distributed_config=_Ours())
 

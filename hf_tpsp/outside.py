@@ -31,6 +31,17 @@ from .collectives import SEQUENCE, gather_whole, slice_sequence
 from .logits import LazyLogits
 
 
+@contextlib.contextmanager
+def without_inference_mode() -> Iterator[None]:
+    """`torch.no_grad` in place of `torch.inference_mode`, if that is on: the gathered parameters, and the tables that models
+    keep, outlive the call, and a tensor that was made in inference mode can never be trained with."""
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        yield
+
+
 class Calls:
     """The running calls of a sharded model and of its parts. One for each model, on its `ReplicatedGradients`.
 
@@ -45,6 +56,7 @@ class Calls:
         self.groups = [compat.HiddenGroup(group) for group in compat.fsdp_groups(model)]
         self.depth = 0  # of calls, one inside the other
         self.parts: set[nn.Module] = set()  # that are gathered with the model
+        self.mode = contextlib.ExitStack()  # what the running call has set
 
     @property
     def is_outside(self) -> bool:
@@ -53,6 +65,7 @@ class Calls:
 
     def enter(self) -> None:
         if self.depth == 0 and not compat.in_backward():
+            self.mode.enter_context(without_inference_mode())
             compat.start_forward(self.model)
             for group in self.groups:
                 if group.is_hidden:  # no backward came; the parameters may have been written into since
@@ -61,6 +74,13 @@ class Calls:
 
     def leave(self) -> None:
         self.depth = max(0, self.depth - 1)
+        try:
+            self._end()
+        finally:
+            if self.depth == 0:
+                self.mode.close()
+
+    def _end(self) -> None:
         if self.depth == 0 and not compat.in_backward():
             compat.end_forward(self.model)
             for group in self.groups:
@@ -72,7 +92,8 @@ class Calls:
         """While inside, the model's own parameters (embedding, last norm, head) are gathered, and shown."""
         (own,) = (group for group in self.groups if self.model in group.group.modules)
         kept = own.is_unsharded  # for a backward
-        self.model.unshard()
+        with without_inference_mode():
+            self.model.unshard()
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import compat, guard, outside, randomness
+from . import compat, guard, options, outside, randomness
 from .config import TPSPConfig, environment_flag
 from .outputs import hand_out_whole
 from .plan import decoder_layers, own_parameters, owners_of_layers, plan_for, rule_for
@@ -95,6 +95,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     mesh = build_mesh(config)
     if config.async_tp and mesh.device_type != "cuda":
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
+    options.check_options(model)
     plan = plan_for(model, config)
     if PartialState().is_main_process:
         for note in plan.notes:
@@ -110,6 +111,9 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     model.tie_weights()
     _check_sharded(model)
     _share_router_logits(model, config.tp_size)
+    spared = options.spare_grouped_mm(model, config.tp_size)
+    if spared and PartialState().is_main_process:
+        logger.warning_once(f"hf_tpsp: {type(model).__name__}: {spared}.")
     name = type(model).__name__
     _apply_fsdp(model, mesh, config)
     gradients.calls = outside.Calls(model, mesh["tp"], config.sequence_parallel)
@@ -122,6 +126,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     model._tp_plan = plan
     model.gather_sharded_state_dict_for_save = types.MethodType(_gather_for_save, model)
     model.resize_token_embeddings = _refuse_resize
+    options.install(model)
     if config.activation_checkpointing != "none":
         selective = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
         model.activation_checkpointing_enable({"use_reentrant": False, **selective})

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
@@ -22,6 +22,7 @@ from . import compat, loading
 from .config import TPSPConfig
 from .integrations import peft
 from .loss import patch_label_smoother
+from .options import check_dtypes
 from .parallelize import Parallelized, is_parallelized, parallelize, parallelized_model
 
 logger = logging.get_logger(__name__)
@@ -61,12 +62,45 @@ class TPSPCallback(TrainerCallback):
             replace(done.config, activation_checkpointing="full")  # says why not
         check_parameters(model)
         set_mixed_precision(model)  # TrainingArguments(bf16=True), else what the preset says
+        check_dtypes(inner)
         if state.is_world_process_zero:
             c = done.config
             logger.info(
                 f"hf_tpsp: {type(inner).__name__} on dp_replicate {c.dp_replicate_size} x dp_shard {c.dp_shard_size} x "
                 f"tp {c.tp_size}, sequence parallel {'on' if c.sequence_parallel else 'off'}, loss {c.loss}"
             )
+
+
+def parallelize_prepared(args: tuple) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Parallelize the causal LMs that `accelerator.prepare` is given whole, made from a config for one, wrapped or not.
+
+    Returns:
+        Each of these models, with the parameters that it had before, by name (tied ones by each of theirs).
+
+    Raises:
+        ValueError: the model cannot be sharded, or has parameters outside of the causal LM that it wraps.
+    """
+    replaced = []
+    for model in args:
+        if not isinstance(model, nn.Module) or not _active or is_parallelized(model):
+            continue
+        lm = next((m for m in model.modules() if isinstance(m, PreTrainedModel) and loading.is_causal_lm(type(m))), None)
+        if lm is None:
+            continue
+        config = _active[0].config
+        check_accelerator(config)
+        loading.check_not_quantized(lm.config)
+        before = dict(model.named_parameters(remove_duplicate=False))
+        inside = {id(p) for p in lm.parameters()}
+        if outside := [name for name, p in before.items() if id(p) not in inside]:
+            raise ValueError(
+                f"{type(model).__name__} has parameters outside of the {type(lm).__name__} that hf_tpsp would shard: "
+                f"{', '.join(outside[:3])}. Prepare the causal LM itself, or prepare this model before hf_tpsp.enable()."
+            )
+        parallelize(model if peft.is_adapted(model) else lm, config)
+        check_parameters(model)
+        replaced.append((model, before))
+    return replaced
 
 
 def set_mixed_precision(model: nn.Module) -> None:
@@ -82,7 +116,10 @@ def keep_fp32_masters(model: nn.Module) -> None:
     base stays as it is."""
     parallelized_model(model)._tpsp.gradients.adapters_to(torch.float32)
     if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
-        logger.info("hf_tpsp: bf16 training keeps fp32 master weights; the model is cast to fp32.")
+        logger.info(
+            "hf_tpsp: bf16 training keeps fp32 master weights; the model is cast to fp32, and saved in fp32 (one process "
+            "would save it in the dtype it came in)."
+        )
         model.float()
 
 
