@@ -84,7 +84,9 @@ def parallelize_prepared(args: tuple) -> list[tuple[nn.Module, dict[str, nn.Para
     for model in args:
         if not isinstance(model, nn.Module) or not _active or is_parallelized(model):
             continue
-        lm = next((m for m in model.modules() if isinstance(m, PreTrainedModel) and loading.is_causal_lm(type(m))), None)
+        lm = next(
+            (m for m in model.modules() if isinstance(m, PreTrainedModel) and loading.is_causal_lm(type(m))), None
+        )
         if lm is None:
             continue
         config = _active[0].config
