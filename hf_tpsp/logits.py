@@ -142,7 +142,11 @@ class LazyLogits(Tensor):
         """What `pointwise` makes of the head's output, `Shard(-1)`: runs the ordinary head, once."""
         if self._value is None:
             # With its gradient, also where `torch.no_grad` looks at them first.
-            with torch.set_grad_enabled(self.requires_grad), (self.gathered or contextlib.nullcontext)():
+            with (
+                torch.inference_mode(False),
+                torch.set_grad_enabled(self.requires_grad),
+                (self.gathered or contextlib.nullcontext)(),
+            ):
                 self._value = self.hook(self._shape(self._run(self.hidden)))
         return self._value
 
@@ -167,9 +171,11 @@ class LazyLogits(Tensor):
                     "hf_tpsp: the logits are read in training, so they are gathered whole on every rank. "
                     "hf_tpsp.vocab_parallel_cross_entropy computes a loss from them as they are."
                 )
-            with torch.set_grad_enabled(self.requires_grad):
+            with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
                 self._whole = _Whole.apply(value)
-            self._whole_version = None if self._whole.is_inference() else self._whole._version
+            self._whole_version = self._whole._version
+        if torch.is_inference_mode_enabled():  # in which no version counter counts
+            self._whole_version = None
         return self._whole
 
     full_tensor = read

@@ -27,6 +27,7 @@ from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
 from .collectives import SEQUENCE
 from .guard import require_inside
 from .logits import LazyLogits, stay_unread
+from .outside import without_inference_mode
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +116,7 @@ def _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, sm
     return loss, grad
 
 
+@without_inference_mode()  # in which DTensor has no cross entropy
 def vocab_parallel_cross_entropy(
     logits: LazyLogits | DTensor,
     labels: Tensor,
@@ -163,6 +165,7 @@ def vocab_parallel_cross_entropy(
     return total if reduction == "sum" else total / valid
 
 
+@without_inference_mode()
 def vocab_parallel_statistics(
     logits: LazyLogits, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
 ) -> TokenStatistics:
@@ -184,9 +187,9 @@ def _statistics_of_whole(logits: Tensor, labels: Tensor, ignore_index: int) -> T
     """The same from whole logits, which something was written into."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(x.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=ignore_index)
-    with torch.no_grad():
-        entropy = torch.special.entr(x.softmax(-1)).sum(-1)
-        return TokenStatistics(nll.view(labels.shape), entropy, x.argmax(-1) == labels, x.mean(-1))
+    x = x.detach()
+    entropy = torch.special.entr(x.softmax(-1)).sum(-1)
+    return TokenStatistics(nll.view(labels.shape), entropy, x.argmax(-1) == labels, x.mean(-1))
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
