@@ -167,13 +167,17 @@ def vocab_parallel_cross_entropy(
 
 @without_inference_mode()
 def vocab_parallel_statistics(
-    logits: LazyLogits, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
+    logits: LazyLogits | Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
 ) -> TokenStatistics:
     """Cross entropy, entropy, top-1 and mean logit of each token from one pass over the vocabulary.
 
     Arguments as in `vocab_parallel_cross_entropy`. The tensors of the result have the shape of `labels`; the gradient
-    of `nll` is exact for any upstream gradient; the others have none.
+    of `nll` is exact for any upstream gradient; the others have none. Plain logits, which a model's own code has made of lazy
+    ones, are whole and alike on every rank.
     """
+    if not isinstance(logits, (LazyLogits, DTensor)):
+        require_inside("labels", labels, logits.shape[-1], ignore_index)
+        return _statistics_of_whole(logits, labels, ignore_index)
     _check(logits, labels, ignore_index)
     if not logits.is_chunked:
         return _statistics_of_whole(logits.read(), labels, ignore_index)

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import hf_tpsp
 from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
 from hf_tpsp.comparison import Errors, compare_gradients, full, relative, relative_number, shard_batch
+from hf_tpsp.integrations.trl import fused_forward
 from hf_tpsp.logits import LazyLogits
 from hf_tpsp.loss import vocab_parallel_statistics
 
@@ -333,3 +334,32 @@ def beside(loss: str) -> dict[str, float]:
 def test_beside(ranks, loss):
     for found in ranks.run(2, beside, loss):
         assert all(error <= 1e-5 for error in found.values()), found
+
+
+def fused_on_plain_logits() -> Errors:
+    """TRL's head over a model whose own code makes plain logits of the lazy ones."""
+    reference, model = built(), hf_tpsp.parallelize(built(), TPSPConfig(tp_size=2))
+    batch, bias = models.batch(2, 9), torch.linspace(-1, 1, 131)
+    errors = Errors()
+    logits = reference(input_ids=batch["input_ids"]).logits + bias
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 8
+    expected.backward()
+    inner = model.forward
+
+    def forward(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        output.logits = output.logits + bias
+        return output
+
+    model.forward = fused_forward(forward)
+    found = model(input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=8, fused_lm_head=True).loss
+    found.backward()
+    errors.add("loss", relative_number(found.item(), expected.item()))
+    compare_gradients(reference, model, errors, rounding=True)
+    return errors
+
+
+def test_fused_head_on_plain_logits(ranks):
+    for errors in ranks.run(2, fused_on_plain_logits):
+        assert errors.within(1e-5), errors
