@@ -26,6 +26,7 @@ from .fingerprint import MULTIPLIER, fingerprint, fingerprint_of_text, leaves
 
 IGNORE_INDEX = -100
 LABELS = ("labels", "shift_labels")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class OutOfVocabulary(ValueError, IndexError):
@@ -37,8 +38,10 @@ _beside: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def beside(**given: Any) -> Iterator[None]:
-    """While inside, `given` belongs to the batch of a forward that is not given it: TRL keeps the labels to itself."""
-    token = _beside.set(given)
+    """While inside, `given` belongs to the batch of a forward that is not given it: TRL keeps the labels to itself. `_batch`
+    is all that a Trainer has, of which it may keep some for a loss of its own: of that only what differs is noticed, because
+    such a loss may take any labels."""
+    token = _beside.set({**(_beside.get() or {}), **given})
     try:
         yield
     finally:
@@ -57,8 +60,11 @@ def install(model: nn.Module, mesh: DeviceMesh) -> None:
     @functools.wraps(inner)  # the Trainer reads its signature
     def forward(*args, **kwargs):
         nonlocal calls
-        given = {**dict(zip(names, args, strict=False)), **kwargs, **(_beside.get() or {})}
-        if torch.is_grad_enabled() or any(given.get(name) is not None for name in LABELS):
+        given = {**(_beside.get() or {}), **dict(zip(names, args, strict=False)), **kwargs}
+        kept = {n: x for n, x in given.pop("_batch", {}).items() if n not in given and isinstance(x, Tensor)}
+        if kept:
+            given["batch"] = kept
+        if torch.is_grad_enabled() or any(given.get(n) is not None or n in kept for n in LABELS):
             calls += 1
             check(model, given, mesh, calls)
         return inner(*args, **kwargs)
@@ -91,19 +97,22 @@ def _digests(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
     """Two int64 on `device`: of the tensors in `batch`, and of all else that is in it."""
     tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor)}
     total = torch.zeros((), dtype=torch.int64, device=device)
-    for name, x in tensors.items():
+    for name, x in sorted(tensors.items()):
         total = total * MULTIPLIER + (fingerprint(x).to(device) ^ fingerprint_of_text(name))
-    others = {n: _text(x) for n, x in batch.items() if n not in tensors}
-    return [total, torch.tensor(fingerprint_of_text(str((list(tensors), others))), device=device)]
+    texts = sorted((n, _text(x)) for n, x in batch.items())
+    return [total, torch.tensor(fingerprint_of_text(str(texts)), device=device)]
 
 
 def _text(x: Any) -> str:
+    """What is compared of an argument beside a tensor's values: of those, what kind they are."""
+    if isinstance(x, Tensor):
+        return "integers" if x.dtype in INTEGERS else str(x.dtype)
     return repr(x) if isinstance(x, (bool, int, float, str)) else type(x).__name__
 
 
 def _numbers(batch: dict[str, Any]) -> dict[str, Any]:
     """What is compared of each argument, one by one."""
-    return {n: int(fingerprint(x)) if isinstance(x, Tensor) else _text(x) for n, x in batch.items()}
+    return {n: (int(fingerprint(x)) if isinstance(x, Tensor) else None, _text(x)) for n, x in batch.items()}
 
 
 def vocabularies(model: nn.Module) -> dict[str, int]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
-from . import compat, loading
+from . import compat, guard, loading
 from .config import TPSPConfig
 from .integrations import peft
 from .loss import patch_label_smoother
@@ -290,6 +290,8 @@ def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
         peft.install(),
         compat.replace(
             (LabelSmoother, "__call__", patch_label_smoother),
+            (Trainer, "training_step", _knows_batch),
+            (Trainer, "prediction_step", _knows_batch),
             (Trainer, "prediction_step", _whole_predictions),
             (Trainer, "call_model_init", _set_up_again),
         ),
@@ -311,6 +313,18 @@ def _install_once(integration: str) -> None:
     if integration not in handle.integrations:
         handle.integrations.add(integration)
         handle._undo.append(importlib.import_module(f".integrations.{integration}", __package__).install())
+
+
+def _knows_batch(original: Callable) -> Callable:
+    """A Trainer's step, whose forward compares all of the batch: of labels for a smoothed loss, or for one of the script's own,
+    the model knows nothing."""
+
+    @functools.wraps(original)
+    def step(self, model, inputs, *args, **kwargs):
+        with guard.beside(_batch=inputs):
+            return original(self, model, inputs, *args, **kwargs)
+
+    return step
 
 
 def _whole_predictions(original: Callable) -> Callable:

@@ -5,6 +5,7 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from test_trainer import Rows, assert_equal_logs, train, train_on_mesh
 
 import hf_tpsp
@@ -137,6 +138,9 @@ def differing(name: str) -> str:
         embeds = torch.ones(2, 17, 32)
         embeds[1, 2, 3] += 1e-6 * odd
         given = {"inputs_embeds": embeds, "labels": batch["labels"]}
+    elif name == "kind":  # a mask of integers is read in another way than one of booleans
+        mask = torch.ones_like(batch["input_ids"])
+        given = {**batch, "attention_mask": mask.bool() if odd else mask}
     elif name == "missing":
         given = {**batch, **({} if odd else {"attention_mask": torch.ones_like(batch["input_ids"])})}
     else:
@@ -146,10 +150,10 @@ def differing(name: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", [*GIVEN, "inputs_embeds", "missing"])
+@pytest.mark.parametrize("name", [*GIVEN, "inputs_embeds", "missing", "kind"])
 def test_differs_inside_a_tp_group(ranks, name):
     for text in ranks.run(4, differing, name):
-        named = "attention_mask" if name == "missing" else name
+        named = "attention_mask" if name in ("missing", "kind") else name
         assert f"Forward 1: rank 3 got other {named} than rank 2, in the same TP group" in text
 
 
@@ -186,3 +190,52 @@ def differing_labels_under_trl() -> str:
 
 def test_labels_that_trl_keeps_to_itself(ranks):
     assert all("rank 1 got other labels than rank 0" in text for text in ranks.run(2, differing_labels_under_trl))
+
+
+def in_another_order() -> bool:
+    """What differs in order, or in the width of integers, is the same batch."""
+    model = hf_tpsp.parallelize(models.build("qwen2"), MESH_1x2).train()
+    batch = {**models.batch(2, 17), "position_ids": torch.arange(17).expand(2, 17)}
+    if dist.get_rank() == 1:
+        batch = {name: x.to(torch.int32) if name == "position_ids" else x for name, x in reversed(batch.items())}
+    return bool(model(**batch).loss.isfinite())
+
+
+def test_in_another_order(ranks):
+    assert all(ranks.run(2, in_another_order))
+
+
+class Mixed(Rows):
+    """Rows whose labels are another rank's."""
+
+    def __getitem__(self, row):
+        return {"input_ids": self.ids[row], "labels": self.ids[row] + dist.get_rank() % 2}
+
+
+def differing_labels_that_a_trainer_keeps(folder: str, output: str, how: str) -> list[str]:
+    options = {"label_smoothing_factor": 0.1} if how == "smoothed" else {}
+    given = {} if how == "smoothed" else {"compute_loss_func": first_token}
+    texts = []
+    for steps in ("train", "evaluate"):
+        with hf_tpsp.enable(MESH_1x2):
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            args = transformers.TrainingArguments(
+                output, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True, **options
+            )
+            trainer = transformers.Trainer(model, args, train_dataset=Mixed(8, 1), eval_dataset=Mixed(8, 1), **given)
+            with pytest.raises(ValueError) as error:
+                getattr(trainer, steps)()
+        texts.append(str(error.value))
+    return texts
+
+
+def first_token(outputs, labels, num_items_in_batch=None):
+    return hf_tpsp.vocab_parallel_cross_entropy(outputs.logits, labels)
+
+
+@pytest.mark.parametrize("how", ["smoothed", "own loss"])
+def test_labels_that_a_trainer_keeps_to_itself(ranks, tmp_path, how):
+    folder = str(tmp_path / "model")
+    models.build("qwen2", vocab_size=140).save_pretrained(folder)
+    for texts in ranks.run(2, differing_labels_that_a_trainer_keeps, folder, str(tmp_path / "out"), how):
+        assert all("rank 1 got other batch.labels than rank 0" in text for text in texts), texts
