@@ -1,8 +1,8 @@
 """Cross entropy on vocabulary shards, and a model's own loss on them.
 
 Logits `[batch, seq, vocab]` are sharded over the vocabulary, and stay so: only per-token numbers travel. They are
-`LazyLogits`, from which the loss and the head are computed together in chunks of tokens (`loss="chunked"`), or DTensors,
-whose cross entropy torch's `loss_parallel` takes (`loss="loss_parallel"`, and whoever has read the lazy ones).
+`LazyLogits`, from which the loss and the head are computed together in chunks of tokens (`loss="chunked"`), or made for
+all tokens, for torch's `loss_parallel` (`loss="loss_parallel"`, and logits that something was written into); or DTensors.
 """
 
 from __future__ import annotations
@@ -288,8 +288,7 @@ def patch_loss(model: PreTrainedModel, gathered: Callable) -> None:
     in which the head's parameters are whole over data parallelism.
 
     Logits of a call without labels and without gradients come back whole (generation). All others are not computed until
-    they are read (`LazyLogits`) or, with `loss="loss_parallel"`, DTensors; `.full_tensor()`, called on every rank of the
-    TP group, makes both whole.
+    they are read (`LazyLogits`), on every rank of the TP group.
     """
     inner = model.forward
     model.loss_function = on_shards(model.loss_function)

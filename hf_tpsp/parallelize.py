@@ -79,8 +79,8 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     meta stays there, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does).
 
     Returns:
-        The same model. Its parameters are DTensors on `(dp_shard, tp)`, its logits DTensors `Shard(-1)`
-        (`.full_tensor()` makes them whole), its loss a plain scalar.
+        The same model. Its parameters are DTensors on `(dp_shard, tp)`, its logits `LazyLogits`, sharded
+        over the vocabulary until somebody reads them, its loss a plain scalar.
 
     Raises:
         ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.
