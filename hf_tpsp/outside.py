@@ -113,7 +113,9 @@ class Calls:
     def run_style(self, style, module: nn.Module, inner: Callable, args: tuple, kwargs: dict) -> Any:
         """`inner`, what `style` makes of the forward of `module`, which was called while no other call was running."""
         if (style.original or module) not in self.parts:
-            if compat.in_backward():  # a checkpointed layer's forward, once more
+            # A checkpointed layer's forward, once more; or an activation function, which may be one object for all models
+            # of the process (openai-gpt's is).
+            if compat.in_backward() or not any(True for _ in module.parameters()):
                 return inner(*args, **kwargs)
             raise ValueError(
                 f"This {type(module).__name__} is part of a decoder layer of a sharded model, and holds a part of its "

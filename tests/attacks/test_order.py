@@ -253,6 +253,23 @@ def test_inside_of_a_layer(ranks):
         assert all("is part of a decoder layer" in text and "Call the whole layer" in text for text in said)
 
 
+def another_model_of_the_process() -> float:
+    """openai-gpt's activation function is one object for all models: sharding one must leave the others as they are."""
+    from hf_tpsp.verify import build
+
+    reference, model = (build("openai-gpt", torch.float32, 131, {}).eval() for _ in range(2))
+    ids = torch.arange(9).unsqueeze(0)
+    expected = reference(ids).logits
+    hf_tpsp.parallelize(model, TPSPConfig(tp_size=2))
+    found = reference(ids).logits
+    assert torch.equal(found, expected)
+    return relative(model(ids).logits.full_tensor(), expected)
+
+
+def test_another_model_of_the_process(ranks):
+    assert all(error <= 1e-5 for error in ranks.run(2, another_model_of_the_process))
+
+
 # ---- 7: backwards inside a backward ----------------------------------------------------------------------------------
 
 
