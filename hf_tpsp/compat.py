@@ -17,13 +17,18 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.data import DataLoader
 from transformers.integrations import neftune
 from transformers.trainer_utils import HubStrategy
 
+from .collectives import chunk_of
 from .config import environment_flag
 
 # ---- FSDP2 (torch) -----------------------------------------------------------------------------------------------
@@ -153,6 +158,66 @@ def end_forward(model: nn.Module) -> None:
     """Have FSDP2's root forget a forward that raised."""
     if model._get_fsdp_state()._state_ctx.iter_forward_root is not None:
         model.reset_iter_state()
+
+
+# A packed weight (gate and up in one) is dealt to the TP ranks in strides: each has a piece of every part. torch 2.13 (tensor/_api.py)
+# takes what a rank has for one piece, so that the ranks' pieces overlap and `torch.distributed.checkpoint` refuses to save them.
+# Delete the four functions below when it writes each piece by itself.
+
+
+def _pieces(tensor: DTensor) -> list[tuple[ChunkStorageMetadata, int, int, int]] | None:
+    """Of a tensor that is dealt in strides: each piece, and where it is in the local tensor (dimension, start, length)."""
+    strided = [(i, p) for i, p in enumerate(tensor.placements) if isinstance(p, _StridedShard)]
+    if len(strided) != 1:
+        return None
+    at, placement = strided[0]
+    if any(p.is_shard(placement.dim) for i, p in enumerate(tensor.placements) if i != at):
+        return None  # FSDP2's own, on the dimension that TP shards: one piece
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    rank, size = tensor.device_mesh.get_local_rank(at), tensor.device_mesh.size(at)
+    found, start = [], 0
+    for part in torch.arange(tensor.shape[placement.dim]).chunk(placement.split_factor):
+        own = chunk_of(part, 0, rank, size)
+        if length := len(own):
+            where = [torch.Size((*x[: placement.dim], n, *x[placement.dim + 1 :]))
+                     for x, n in ((offsets, int(own[0])), (sizes, length))]  # fmt: skip
+            found.append((ChunkStorageMetadata(*where), placement.dim, start, length))
+        start += length
+    return found
+
+
+def _patch_write_items(original):
+    @functools.wraps(original)
+    def __create_write_items__(self, fqn, object):
+        if (pieces := _pieces(self)) is None:
+            return original(self, fqn, object)
+        properties = TensorProperties.create_from_tensor(self._local_tensor)
+        return [
+            WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, self.size()))
+            for chunk, *_ in pieces
+        ]  # fmt: skip
+
+    return __create_write_items__
+
+
+def _patch_chunk_list(original):
+    @functools.wraps(original)
+    def __create_chunk_list__(self):
+        pieces = _pieces(self)
+        return original(self) if pieces is None else [chunk for chunk, *_ in pieces]
+
+    return __create_chunk_list__
+
+
+def _patch_tensor_shard(original):
+    @functools.wraps(original)
+    def __get_tensor_shard__(self, index):
+        for chunk, dim, start, length in _pieces(self) or ():
+            if chunk.offsets == index.offset:
+                return original(self, index).narrow(dim, start, length)
+        return original(self, index)
+
+    return __get_tensor_shard__
 
 
 def saved_tensors_are_hooked() -> bool:
@@ -495,6 +560,9 @@ def install() -> Callable[[], None]:
     return replace(
         (accelerate.state.AcceleratorState, "__init__", _patch_accelerator_state),
         (ParallelismConfig, "dp_shard_enabled", _patch_dp_shard_enabled),
+        (DTensor, "__create_write_items__", _patch_write_items),
+        (DTensor, "__create_chunk_list__", _patch_chunk_list),
+        (DTensor, "__get_tensor_shard__", _patch_tensor_shard),
         (Accelerator, "prepare", _patch_prepare),
         (Accelerator, "dispatch_batches", _patch_dispatch_batches),
         (AcceleratedScheduler, "step", _patch_scheduler),

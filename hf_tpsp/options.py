@@ -38,17 +38,18 @@ def check_options(model: nn.Module) -> None:
 def check_dtypes(model: nn.Module) -> None:
     """Raise `ValueError` naming the parameters that are trained in another dtype than those which FSDP2 gathers, and reduces
     the gradients of, together with them (transformers keeps some in fp32: `_keep_in_fp32_modules_strict`)."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    prefixes = {module: prefix for prefix, module in model.named_modules()}
     for group in compat.fsdp_groups(model):
-        trained = [r.sharded_param for r in group.fsdp_params if r.sharded_param.requires_grad]
-        count = Counter(p.dtype for p in trained)
-        if len(count) > 1:
+        # As the modules have them: a loader has put them there, and FSDP2 looks again at its first forward.
+        places = [(r._module_info.module, r._module_info.param_name) for r in group.fsdp_params]
+        named = {f"{prefixes[module]}.{name}".lstrip("."): module._parameters[name] for module, name in places}
+        trained = {name: p.dtype for name, p in named.items() if p.requires_grad}
+        if len(count := Counter(trained.values())) > 1:
             (most, _), *_ = count.most_common()
-            others = [p for p in trained if p.dtype != most]
-            named = ", ".join(f"{names.get(id(p), '?')} ({p.dtype})" for p in others[:3])
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            others = [f"{name} ({dtype})" for name, dtype in trained.items() if dtype != most]
+            named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             raise ValueError(
-                f"{type(model).__name__}: {named}{more} would be trained beside parameters in {most}, and FSDP2 reduces the "
+                f"{model._get_name()}: {named} would be trained beside parameters in {most}, and FSDP2 reduces the "
                 "gradients of a layer in one dtype. Train with bf16=True (fp32 master weights), load the model with "
                 "dtype=torch.float32, or freeze these parameters."
             )

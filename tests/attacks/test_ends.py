@@ -1,5 +1,7 @@
 """Options whose end was unclear are refused by name."""
 
+import math
+
 import accelerate
 import models
 import peft
@@ -22,6 +24,7 @@ from hf_tpsp.comparison import (
 from hf_tpsp.options import check_dtypes
 from hf_tpsp.parallelize import parallelized_model
 from hf_tpsp.trainer import check_training_arguments
+from hf_tpsp.verify import build
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,34 @@ def mixed_dtypes():
 
 def test_mixed_dtypes_are_named(ranks):
     ranks.run(2, mixed_dtypes)
+
+
+def kept_in_fp32(folder: str) -> str:
+    """A model of which transformers keeps some weights in fp32, loaded in bf16: in a loop of one's own, and with bf16=True."""
+    with hf_tpsp.enable(TPSPConfig(tp_size=2)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        with pytest.raises(ValueError) as error:
+            model(**models.batch(2, 9))
+        args = transformers.TrainingArguments(
+            f"{folder}/out", max_steps=1, bf16=True, use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        rows = [{"input_ids": ids, "labels": ids} for ids in models.batch(8, 9)["input_ids"]]
+        trainer = transformers.Trainer(model, args, train_dataset=rows)
+        trainer.train()
+        assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("ernie4_5_moe", "layers.1.mlp.gate.weight"), ("beam", "layers.1.mlp.gate.weight"), ("flint", "self_attn.sinks")],
+)
+def test_weights_kept_in_fp32(ranks, tmp_path, model_type, name):
+    folder = str(tmp_path / "model")
+    build(model_type, torch.float32, 132, {}).save_pretrained(folder)
+    for text in ranks.run(2, kept_in_fp32, folder):
+        assert f"{name} (torch.float32)" in text and "Train with bf16=True" in text
 
 
 def narrow_experts(width):
