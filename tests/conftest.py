@@ -8,6 +8,15 @@ from accelerate.state import AcceleratorState, GradientState
 from hf_tpsp.ranks import RankPool
 
 
+def pytest_collection_modifyitems(items):
+    """`-m fast` is what starts no ranks on this machine and simulates none."""
+    for item in items:
+        starts_ranks = {"ranks", "work"} & set(item.fixturenames)
+        simulates = item.module.__name__ in ("test_simulate", "test_estimation", "test_recompute", "test_verify")
+        if not starts_ranks and not simulates:
+            item.add_marker(pytest.mark.fast)
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """The session's rank pool: `ranks.run(world_size, function, …)`."""
