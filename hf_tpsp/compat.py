@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import accelerate.state
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.optimizer import AcceleratedOptimizer
@@ -146,7 +147,9 @@ def start_forward(model: nn.Module) -> None:
     state = model._get_fsdp_state()
     if state._is_root is None:  # the first forward: torch would fail in an assertion
         check_dtypes(model)
-    state._lazy_init()
+        state._lazy_init()
+    else:
+        follow_dtypes(model)
     if state._state_ctx.post_backward_final_callback_queued:  # and never ran
         for record in fsdp_parameters(model):  # what came of that backward
             if hasattr(record, "_unsharded_param"):
@@ -226,19 +229,41 @@ def saved_tensors_are_hooked() -> bool:
 
 
 def set_mixed_precision(model: nn.Module, param_dtype: torch.dtype | None) -> None:
-    """Have FSDP2 gather parameters as `param_dtype` and reduce gradients in fp32, before the first forward.
+    """Have FSDP2 gather parameters as `param_dtype` and reduce gradients in fp32, from the next forward on.
 
-    The loading hook shards a model before its `TrainingArguments(bf16=…)` is known.
+    The loading hook shards a model before its `TrainingArguments(bf16=…)` is known, and a script may have looked at it since.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()
-            if state._is_root is not None and state._mp_policy != policy:
-                raise ValueError("mixed precision was changed after the model's first forward; set it before.")
+            is_new = state._mp_policy != policy
             state._mp_policy = policy
             for group in state._fsdp_param_groups:
                 group.mp_policy = policy
+                if is_new and state._is_root is not None:
+                    _look_at_dtypes_again(group)
+
+
+def _look_at_dtypes_again(group) -> None:
+    """torch 2.13 looks at the parameters' dtypes, and at whether any is trained, before its first forward only, and keeps the
+    buffers that it gathers into. Delete when it notices that they have changed."""
+    group.reshard()
+    for record in group.fsdp_params:
+        record.all_gather_outputs = []
+        vars(record).pop("_unsharded_param", None)
+    group._init_mp_dtypes()
+
+
+def follow_dtypes(model: nn.Module) -> None:
+    """Have FSDP2 notice that a script has cast `model` since its last forward, or trains what was frozen until then."""
+    for group in fsdp_groups(model):
+        first, *_ = group.fsdp_params or [None]
+        if first is None:
+            continue
+        is_cast = first.sharded_param.dtype != first.orig_dtype
+        if is_cast or (group._orig_dtype is None and any(r.sharded_param.requires_grad for r in group.fsdp_params)):
+            _look_at_dtypes_again(group)
 
 
 class _NotSequential(logging.Filter):
@@ -254,6 +279,42 @@ def quiet_redistribute() -> None:
 
 
 _QUIET = _NotSequential()
+
+
+class _WholeParameter(torch.autograd.Function):
+    """Sharded parameter → the whole one, on every rank. Backward: the mean over data parallelism, as FSDP2 takes it of all other
+    gradients of this parameter; the ranks of a TP group, which have one batch, compute it alike."""
+
+    @staticmethod
+    def forward(ctx, param: DTensor) -> torch.Tensor:
+        ctx.spec = param._spec
+        return _full_tensor(param.detach())
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        mesh, grad = ctx.spec.mesh, grad.clone(memory_format=torch.contiguous_format)
+        for dim in mesh.mesh_dim_names[:-1]:
+            dist.all_reduce(grad, group=mesh.get_group(dim))
+            grad /= mesh[dim].size()
+        return distribute_tensor(grad, mesh, ctx.spec.placements, src_data_rank=None)
+
+
+_full_tensor = DTensor.full_tensor
+
+
+def average_whole_parameters() -> None:
+    """torch 2.13 (tensor/_api.py, `full_tensor`) takes it that all ranks compute the same from a whole parameter, those of data
+    parallelism too: of a gradient, each would keep its own part of its own. Delete when FSDP2's parameters average there."""
+
+    @functools.wraps(_full_tensor)
+    def full_tensor(self, *, grad_placements=None):
+        names = self.device_mesh.mesh_dim_names or ()
+        is_ours = self.is_leaf and self.requires_grad and len(names) > 1 and names[-1] == "tp"
+        if is_ours and torch.is_grad_enabled() and grad_placements is None:
+            return _WholeParameter.apply(self)
+        return _full_tensor(self, grad_placements=grad_placements)
+
+    DTensor.full_tensor = full_tensor
 
 
 # ---- patches -----------------------------------------------------------------------------------------------------

@@ -121,6 +121,8 @@ class LazyLogits(Tensor):
         self._value: DTensor | None = None
         self._whole: Tensor | None = None
         self._whole_version: int | None = None  # when it was made; None: it may be another any time
+        self.origin: LazyLogits | None = None  # what came from the head, if these came from it
+        self._is_spent = False
         # Replaced once the model's forward is over, when FSDP may have freed the head's weight.
         self.gathered: Callable | None = None
         return self
@@ -132,6 +134,15 @@ class LazyLogits(Tensor):
     def is_written(self) -> bool:
         """Whether the logits are what stands in the whole ones, and not what `pointwise` makes of the head's output."""
         return self._whole is not None and (self._whole_version is None or self._whole_version != self._whole._version)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a loss was computed from these, or from others of the same head's, without the whole ones."""
+        return (self if self.origin is None else self.origin)._is_spent
+
+    def spend(self) -> None:
+        if not self.is_written:
+            (self if self.origin is None else self.origin)._is_spent = True
 
     @property
     def is_chunked(self) -> bool:
@@ -213,7 +224,7 @@ class LazyLogits(Tensor):
             pointwise,
             self._hooks,
         )
-        made.gathered = self.gathered
+        made.gathered, made.origin = self.gathered, self if self.origin is None else self.origin
         return made
 
     def _note(self, func: Callable, rest: tuple, kwargs: dict) -> LazyLogits | None:
@@ -280,6 +291,8 @@ class LazyLogits(Tensor):
         if args and isinstance(args[0], LazyLogits):
             if func is Tensor.register_hook and getattr(args[1], "__module__", "").startswith("torch.distributed"):
                 return args[0]._add_hook(args[1])
+            if func in (Tensor.register_hook, Tensor.retain_grad) and args[0].is_spent:
+                raise RuntimeError(_TOO_LATE)
             if func is Tensor.contiguous and not kwargs:
                 return args[0]
             if (noted := args[0]._note(func, args[1:], kwargs)) is not None:
@@ -336,6 +349,13 @@ class _Whole(torch.autograd.Function):
         mesh = ctx.spec.mesh
         own = chunk_of(grad, grad.dim() - 1, mesh.get_local_rank(), mesh.size()).contiguous()
         return DTensor(own, ctx.spec, requires_grad=False)
+
+
+_TOO_LATE = (
+    "A loss was computed from these logits of a parallelized model already, a few tokens at a time, and its gradient does not come "
+    "through them: a hook on them, or their `grad`, would know nothing of it. Ask for it before the loss is computed: in a forward "
+    "hook on the head, or by calling the model without labels and computing the loss from `logits` afterwards."
+)
 
 
 def _refuse_gradient(grad: Tensor) -> None:

@@ -24,7 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
-from .collectives import SEQUENCE
+from .collectives import SEQUENCE, plain
 from .guard import require_inside
 from .logits import LazyLogits, stay_unread
 from .outside import without_inference_mode
@@ -89,6 +89,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        upstream = plain(upstream)
         grad, valid = ctx.saved_tensors
         upstream = torch.where(valid, upstream, 0)  # which is infinite where there is no label at all
         return (grad * upstream.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
@@ -129,7 +130,8 @@ def vocab_parallel_cross_entropy(
 
     Args:
         logits: `[..., vocab]`, what a parallelized model returns: `LazyLogits`, or a DTensor that is `Shard(-1)` on a
-            one-dimensional TP mesh.
+            one-dimensional TP mesh. Plain logits are whole, and alike on every rank: a model that gives a loss of the script's
+            own whole logits, or its own code, has made them of lazy ones.
         labels: plain integer tensor `[...]`, the same on every TP rank. Not shifted here.
         ignore_index: labels of this value give no loss and no gradient.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
@@ -140,13 +142,20 @@ def vocab_parallel_cross_entropy(
         upstream gradient, and backward needs no context.
 
     Raises:
-        ValueError: logits that are not vocabulary-sharded, labels of another shape, an unknown reduction.
+        ValueError: a DTensor that is not vocabulary-sharded, labels of another shape, an unknown reduction.
     """
     _check(logits, labels, ignore_index)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}.")
     flat = labels.reshape(-1).to(logits.device)
+    if not isinstance(logits, (LazyLogits, DTensor)):
+        whole = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        loss = F.cross_entropy(whole, flat, **options)
+        return loss.view(labels.shape) if reduction == "none" else loss
     valid = (flat != ignore_index).sum()
+    if isinstance(logits, LazyLogits):
+        logits.spend()
     if isinstance(logits, LazyLogits) and logits.is_chunked:
         head, tensors = _chunked_head(logits, ignore_index, label_smoothing, statistics=False)
         if reduction == "none":
@@ -175,10 +184,11 @@ def vocab_parallel_statistics(
     of `nll` is exact for any upstream gradient; the others have none. Plain logits, which a model's own code has made of lazy
     ones, are whole and alike on every rank.
     """
-    if not isinstance(logits, (LazyLogits, DTensor)):
-        require_inside("labels", labels, logits.shape[-1], ignore_index)
-        return _statistics_of_whole(logits, labels, ignore_index)
     _check(logits, labels, ignore_index)
+    if not isinstance(logits, (LazyLogits, DTensor)):
+        return _statistics_of_whole(logits, labels, ignore_index)
+    if isinstance(logits, LazyLogits):
+        logits.spend()
     if not logits.is_chunked:
         return _statistics_of_whole(logits.read(), labels, ignore_index)
     head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
@@ -197,13 +207,12 @@ def _statistics_of_whole(logits: Tensor, labels: Tensor, ignore_index: int) -> T
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    if not isinstance(logits, LazyLogits) and (
-        not isinstance(logits, DTensor)
-        or len(logits.placements) != 1
-        or not logits.placements[0].is_shard(logits.ndim - 1)
+    if isinstance(logits, DTensor) and (
+        len(logits.placements) != 1 or not logits.placements[0].is_shard(logits.ndim - 1)
     ):
-        found = logits.placements if isinstance(logits, DTensor) else "a plain tensor"
-        raise ValueError(f"logits must be a DTensor sharded on its last dimension over one mesh dim, got {found}.")
+        raise ValueError(
+            f"logits must be plain, or a DTensor sharded on its last dimension over one mesh dim, got {logits.placements}."
+        )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} do not match logits {tuple(logits.shape)}.")
     require_inside("labels", labels, logits.shape[-1], ignore_index)
@@ -310,6 +319,9 @@ def patch_loss(model: PreTrainedModel, gathered: Callable) -> None:
         if model.training and torch.is_grad_enabled() and kwargs.get("position_ids") is None:
             kwargs.setdefault("use_cache", False)
         output = inner(*args, **kwargs)
+        for loss in (output[0],) if isinstance(output, tuple) else (output.get("loss"),):
+            if type(loss) is Tensor and loss.requires_grad:
+                loss.register_hook(lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad)
         if isinstance(output, tuple):
             at = 0 if isinstance(output[0], (LazyLogits, DTensor)) else 1  # a loss, which is plain, comes first
             return (*output[:at], finish(output[at], output[0] if at else None), *output[at + 1 :])

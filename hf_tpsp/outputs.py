@@ -8,6 +8,7 @@ collective: every rank of the TP group must do it. What nobody reads costs nothi
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ class LazyWhole(Tensor):
 
     Attributes:
         part: this rank's heads, if it is made of heads, for a block that takes them.
+        source: the tensor of the model's that it was made of; take: whole gradient → that of `source`; give: the reverse, which
+            is collective. None for what was detached from it.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -40,6 +43,8 @@ class LazyWhole(Tensor):
     def __new__(cls, shape: torch.Size, like: Tensor, read: list) -> LazyWhole:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         self._read, self.part = read, None
+        self.source = self.take = self.give = self._grad = None
+        self._retains = False
         return self
 
     def __init__(self, *args, **kwargs):
@@ -64,6 +69,39 @@ class LazyWhole(Tensor):
     def full_tensor(self) -> Tensor:
         """Itself, whole and plain, with its gradient."""
         return self.clone()
+
+    def register_hook(self, hook: Callable) -> Any:
+        """As a tensor's: `hook` sees, and may change, the whole of the gradient, also what comes through the rest of the model,
+        which was computed from `source` and not from this."""
+        if self.source is None or getattr(hook, "__module__", "").startswith("torch.distributed"):  # FSDP2's own
+            return super().register_hook(hook)
+        take, give = self.take, self.give
+
+        def on_source(grad: Tensor) -> Tensor | None:
+            new = hook(give(grad))
+            return None if new is None else take(new)
+
+        return self.source.register_hook(on_source)
+
+    def retain_grad(self) -> None:
+        if self.source is None or self._retains:
+            return None if self._retains else super().retain_grad()
+        self._retains, kept = True, weakref.ref(self)  # its own graph would hold it otherwise
+
+        def keep(grad: Tensor) -> None:
+            if (tensor := kept()) is not None:
+                tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+
+        self.register_hook(keep)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """After `retain_grad`, the whole gradient."""
+        return self._grad if self._retains else super().grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self._grad = value
 
     def _plain(self, what: str) -> Tensor:
         if self.requires_grad:
@@ -111,19 +149,28 @@ class _Hand(torch.autograd.Function):
         return ctx.take(grad), None, None, None
 
 
+def _hand(part: Tensor, shape: torch.Size, make: Callable, take: Callable, give: Callable) -> LazyWhole:
+    out = _Hand.apply(part, shape, make, take)
+    if part.requires_grad:
+        out.source, out.take, out.give = part, take, give
+    return out
+
+
 def whole_stream(x: DTensor) -> Tensor:
     """A DTensor → the whole tensor, lazily: a stream `[batch, seq, …]` that is sharded over the sequence, or any other."""
-    spec = x._spec
+    spec, mesh, local = x._spec, x.device_mesh, x._local_tensor.detach()
     if x.placements == (SEQUENCE,):
-        local, length, mesh = x._local_tensor.detach(), x.shape[1], x.device_mesh
-        return _Hand.apply(
+        return _hand(
             x,
             x.shape,
-            lambda: all_gather_sequence(local, length, mesh),
+            lambda: all_gather_sequence(local, spec.shape[1], mesh),
             lambda grad: DTensor(own_part(grad, mesh), spec, requires_grad=False),
+            lambda grad: grad.full_tensor(),
         )
     if all(isinstance(p, Replicate) for p in x.placements):
-        return x.to_local(grad_placements=x.placements)
+        return _hand(
+            x, x.shape, lambda: local, lambda grad: DTensor(grad, spec, requires_grad=False), lambda grad: grad.full_tensor()
+        )
     return x.full_tensor()
 
 
@@ -131,11 +178,14 @@ def whole_heads(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's heads `[batch, heads / tp, …]` → all `[batch, heads, …]`, lazily. Its gradient is this rank's heads'."""
     own, rank, local = x.shape[1], mesh.get_local_rank(), x.detach()
 
-    def make() -> Tensor:
-        return all_gather(local.transpose(0, 1).contiguous(), mesh).transpose(0, 1)
+    def give(part: Tensor) -> Tensor:
+        return all_gather(part.transpose(0, 1).contiguous(), mesh).transpose(0, 1)
+
+    def take(grad: Tensor) -> Tensor:
+        return grad.narrow(1, rank * own, own).contiguous()
 
     shape = torch.Size((x.shape[0], own * mesh.size(), *x.shape[2:]))
-    out = _Hand.apply(x, shape, make, lambda grad: grad.narrow(1, rank * own, own).contiguous())
+    out = _hand(x, shape, lambda: give(local), take, give)
     out.part = x
     return out
 

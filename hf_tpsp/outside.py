@@ -153,9 +153,19 @@ def install(model: nn.Module, layers: list[nn.Module], calls: Calls, is_compiled
         _install_on_layer(layer, calls, is_compiled)
     inside = {module for layer in layers for module in layer.modules()}
     calls.parts = {module for module in model.modules() if module not in inside}
+    for module in calls.parts:
+        module.__deepcopy__ = _refuse_copy
     for module in calls.parts - {model}:
         if any(m in inside for m in module.modules()) and not isinstance(module, nn.ModuleList):
             _install_on_decoder(module, calls)
+
+
+def _refuse_copy(memo: dict) -> None:
+    raise ValueError(
+        "copy.deepcopy cannot copy a sharded model, nor a part of it: what the copy computes would use the parameters of the original. "
+        "For an average of the weights keep clones of the parameters ([p.detach().clone() for p in model.parameters()]); for a "
+        "second model load it a second time."
+    )
 
 
 def _install_on_decoder(module: nn.Module, calls: Calls) -> None:

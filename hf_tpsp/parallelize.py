@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -92,6 +92,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     if is_adapted(model):
         return parallelize_adapted(model, config)
     compat.quiet_redistribute()
+    compat.average_whole_parameters()
     mesh = build_mesh(config)
     if config.async_tp and mesh.device_type != "cuda":
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
@@ -106,6 +107,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         _same_on_all_ranks(model, PartialState().device)
 
     gradients = ReplicatedGradients(mesh["tp"])
+    gradients.keeps_terms = not config.compile
     witness = Witness(model, plan, config)
     _apply_plan(model, plan, gradients, config)
     model.tie_weights()
@@ -120,6 +122,9 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     outside.install(model, decoder_layers(model), gradients.calls, config.compile)
     compat.keep_name(model, name)
     compat.index_sharded_parameters(model)
+    for module in model.modules():
+        if module._parameters:
+            module.register_load_state_dict_pre_hook(cut_whole_tensors)
 
     # Placed on the instance, so a model that is not ours is never touched.
     model._tpsp = Parallelized(config, mesh, plan, gradients)
@@ -263,6 +268,18 @@ def full_state_dict(model: PreTrainedModel, state_dict: dict | None = None) -> d
             full[name] = value.detach().cpu()
     # Tied weights stay one tensor, which is how save_pretrained knows to write them once.
     return {name: full[tied.get(name, name)] for name in state_dict if tied.get(name, name) in full}
+
+
+def cut_whole_tensors(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
+    """Cut whole tensors that are loaded into `module` as its parameters are. A hook of `load_state_dict`."""
+    for name, parameter in module._parameters.items():
+        value = state_dict.get(prefix + name)
+        is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+        if isinstance(parameter, DTensor) and is_whole and value.shape == parameter.shape:
+            value = value.to(parameter.device, parameter.dtype)
+            state_dict[prefix + name] = distribute_tensor(
+                value, parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
 
 
 def _gather_for_save(self, model_to_save, state_dict, distributed_config=None, *, save_on_this_rank=True):

@@ -28,9 +28,11 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
+from .fingerprint import fingerprint
+
 logger = logging.get_logger(__name__)
 
-_DRAWING_NAMES = ("dropout", "layerdrop", "jitter", "drop_path")
+_DRAWING_NAMES = ("drop", "jitter", "noise")
 
 
 def is_faked() -> bool:
@@ -39,21 +41,21 @@ def is_faked() -> bool:
 
 
 def draws(module: nn.Module) -> bool:
-    """Whether `module` in training may draw random numbers: a rate of dropout, layerdrop or jitter above zero inside. Found out
-    at its first forward, when adapters are there and a script has set its rates."""
-    if "_tpsp_draws" not in vars(module):
-        module._tpsp_draws = _has_rates(module)
-    return module._tpsp_draws
-
-
-def _has_rates(module: nn.Module) -> bool:
+    """Whether `module` in training may draw random numbers: a rate of dropout, layerdrop or jitter above zero, of a part of it or
+    of the part's config. Asked each time: a script may set its rates at any time, and add adapters."""
     for part in module.modules():
-        for name, value in vars(part).items():
-            if isinstance(value, float) and value > 0 and any(word in name for word in _DRAWING_NAMES):
-                return True
+        own = vars(part)
+        if any(_is_rate(name, value) for name, value in own.items()):
+            return True
+        if "config" in own and any(_is_rate(name, value) for name, value in vars(own["config"]).items()):
+            return True
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
             return True
     return False
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    return isinstance(value, float) and value > 0 and any(word in name for word in _DRAWING_NAMES)
 
 
 @contextlib.contextmanager
@@ -189,8 +191,20 @@ def agree(mesh: DeviceMesh) -> None:
         torch.cuda.set_rng_state(states[1].clone())
 
 
+def digest(device: torch.device) -> Tensor:
+    """An int64 on `device` that tells states of the default generators apart."""
+    if is_faked():
+        return torch.zeros((), dtype=torch.int64, device=device)
+    found = fingerprint(torch.get_rng_state()).to(device)
+    if device.type == "cuda":  # counter-based: seed and offset are read without waiting for the device
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        found = found * 31 + generator.initial_seed() * 31 + generator.get_offset()
+    return found
+
+
 def install(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Have the ranks of a TP group draw alike what they hold alike: in training, in `generate`, from the first forward on."""
+    """Have the ranks of a TP group draw alike what they hold alike: in training, in `generate`, from the first forward on. A script
+    may seed them apart between any two steps: the batch check finds that out (`guard.py`)."""
     if mesh.device_type == "cpu" and not isinstance(tensor_random._rng_tracker, Tracker):
         tensor_random._rng_tracker = Tracker()
     forward, agreed = model.forward, False
@@ -198,8 +212,7 @@ def install(model: nn.Module, mesh: DeviceMesh) -> None:
     @functools.wraps(forward)  # the Trainer reads its signature
     def common_forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal agreed
-        # A script may seed the ranks apart between any two steps; only a model that draws minds.
-        if not agreed or (model.training and torch.is_grad_enabled() and draws(model)):
+        if not agreed:
             agreed = True
             agree(mesh)
         return forward(*args, **kwargs)

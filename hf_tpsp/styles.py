@@ -67,7 +67,11 @@ class ReplicatedGradients:
     back, so that accumulating over several backwards counts each of them once. A backward under FSDP's
     `set_requires_gradient_sync(False)` leaves no `.grad`, and then nothing is reduced until the one that does.
 
-    Adapters, which FSDP does not manage, are also averaged over data parallelism here, in one more all-reduce.
+    Adapters, which FSDP does not manage, are also averaged over data parallelism here, in one more all-reduce. Their terms
+    are kept beside their `.grad` until then.
+
+    What a script computes from a parameter itself (a penalty on the weights) has its whole gradient on every rank, and does not
+    take part in the sum. What a script has registered with `register_post_accumulate_grad_hook` is called when the sum is there.
     """
 
     def __init__(self, mesh: DeviceMesh):
@@ -81,6 +85,10 @@ class ReplicatedGradients:
         # Of those modules, out of the ones that hold the layers, whose forward is running (`outputs.py`).
         self.depth = 0
         self._set_aside: list[tuple[nn.Parameter, DTensor]] = []
+        self.keeps_terms = True  # of the adapters; else they come into `.grad`
+        self._terms: dict[int, tuple[nn.Parameter, Tensor]] = {}  # in the running backward
+        self._handles: list = []
+        self._hooks: list[tuple[nn.Parameter, dict]] = []
 
     def register(self, module: nn.Module, name: str) -> None:
         """Have `module`'s parameter `name` reduced. Called while the plan is applied."""
@@ -118,11 +126,16 @@ class ReplicatedGradients:
         """The parameters whose gradients are terms of a sum over the TP ranks."""
         return self._parameters(self._sums)
 
-    def local(self, param: DTensor) -> Tensor:
+    def local(self, param: DTensor, is_adapter: bool = False) -> Tensor:
         """`param` as a plain tensor whose gradient is one rank's term of the sum."""
         if torch.compiler.is_compiling():  # a compiled layer; the head has armed by then
             return param.to_local(grad_placements=param.placements)
-        return _LocalReplica.apply(param, self)
+        return _LocalReplica.apply(param, self, is_adapter and self.keeps_terms)
+
+    def add_term(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Add one rank's term to the gradient of an adapter's `param`."""
+        _, before = self._terms.get(id(param), (None, None))
+        self._terms[id(param)] = (param, grad.clone() if before is None else before + grad)
 
     def arm_with(self, hidden: Tensor) -> None:
         """Arm when the gradient arrives at what the head was given."""
@@ -138,33 +151,74 @@ class ReplicatedGradients:
         if self._armed is not None and self._armed() is not None:
             return
         self._restore()  # a backward that raised never came to its end
+        sums, adapters = self.summed(), self._parameters(self._adapters)
+        check_hooks([*sums, *adapters, *self._managed()])
         callback = functools.partial(self._reduce)
         self._armed = weakref.ref(callback)
-        for param in self._parameters(self._sums + self._adapters):
-            if param.grad is not None:
+        own = {id(p) for p in adapters}
+        for param in {id(p): p for p in [*sums, *adapters]}.values():
+            if param.grad is not None and not (self.keeps_terms and id(param) in own):
                 self._set_aside.append((param, param.grad))
                 param.grad = None
+            if id(param) not in own and param.requires_grad:
+                # FSDP writes what it has reduced into `.grad`; what autograd brings came from the script's own use of `param`.
+                self._handles.append(param.register_hook(lambda grad: grad / self.mesh.size()))
+            if hooks := param._post_accumulate_grad_hooks:
+                self._hooks.append((param, hooks))
+                param._post_accumulate_grad_hooks = None
         # FSDP's own final callback was queued when the loss's gradient arrived, so it runs before this one.
         torch.autograd.Variable._execution_engine.queue_callback(callback)
 
+    def _managed(self) -> list[nn.Parameter]:
+        """The parameters that FSDP manages, as the optimizer knows them."""
+        groups = self.calls.groups if self.calls is not None else []
+        return [record.sharded_param for group in groups for record in group.group.fsdp_params]
+
     def _reduce(self) -> None:
-        _all_reduce(self.summed(), self.mesh.get_group())
+        adapters = self._parameters(self._adapters)
+        kept = {id(p) for p in adapters} if self.keeps_terms else set()
+
+        def terms(parameters: list[nn.Parameter]) -> list[Tensor]:
+            found = [self._terms.get(id(p), (p, None))[1] if id(p) in kept else p.grad for p in parameters]
+            return [getattr(grad, "_local_tensor", grad) for grad in found if grad is not None]
+
+        _all_reduce(terms(self.summed()), self.mesh.get_group())
         for group in self._averages:
-            _all_reduce(self._parameters(self._adapters), group, average=True)
+            _all_reduce(terms(adapters), group, average=True)
+        for param, term in self._terms.values():
+            grad = DTensor(term, param._spec, requires_grad=False)
+            param.grad = grad if param.grad is None else param.grad.add_(grad)
+        hooks = self._hooks
         self._restore()
         self._armed = None
         if self.once_reduced is not None and self.once_reduced():
             self.once_reduced = None
+        for param, registered in hooks:
+            for hook in registered.values() if param.grad is not None else ():
+                hook(param)
 
     def _restore(self) -> None:
         for param, earlier in self._set_aside:
             param.grad = earlier if param.grad is None else param.grad.add_(earlier)
-        self._set_aside = []
+        for handle in self._handles:
+            handle.remove()
+        for param, hooks in self._hooks:
+            param._post_accumulate_grad_hooks = hooks
+        self._set_aside, self._handles, self._hooks, self._terms = [], [], [], {}
 
 
-def _all_reduce(parameters: list[nn.Parameter], group: dist.ProcessGroup, average: bool = False) -> None:
-    """Sum or average the gradients of `parameters` over `group`, in place, in one flat buffer."""
-    grads = [p.grad._local_tensor for p in parameters if p.grad is not None]
+def check_hooks(parameters: list[nn.Parameter]) -> None:
+    """Raise `ValueError` if a script has registered hooks that would see a rank's term of a gradient, or nothing at all."""
+    if any(p._backward_hooks for p in parameters):
+        raise ValueError(
+            "A hook was registered on a parameter of a sharded model (register_hook). FSDP reduces gradients outside of autograd, so "
+            "it would be given none, or one rank's term. Use register_post_accumulate_grad_hook, which is called once the whole "
+            "gradient is in .grad."
+        )
+
+
+def _all_reduce(grads: list[Tensor], group: dist.ProcessGroup, average: bool = False) -> None:
+    """Sum or average `grads` over `group`, in place, in one flat buffer."""
     if not grads:
         return
     flat = torch.cat([grad.flatten() for grad in grads])
@@ -176,11 +230,12 @@ def _all_reduce(parameters: list[nn.Parameter], group: dist.ProcessGroup, averag
 
 
 class _LocalReplica(torch.autograd.Function):
-    """Replicated DTensor → local tensor. Backward claims `Replicate()`, so that nobody reduces before the step's end."""
+    """Replicated DTensor → local tensor. Backward claims `Replicate()`, so that nobody reduces before the step's end; the term of
+    an adapter it keeps for the sum."""
 
     @staticmethod
-    def forward(ctx, param: DTensor, gradients: ReplicatedGradients) -> Tensor:
-        ctx.spec, ctx.gradients = param._spec, gradients
+    def forward(ctx, param: DTensor, gradients: ReplicatedGradients, is_adapter: bool) -> Tensor:
+        ctx.spec, ctx.gradients, ctx.adapter = param._spec, gradients, param if is_adapter else None
         local = param._local_tensor
         return local.view_as(local)
 
@@ -188,7 +243,10 @@ class _LocalReplica(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         compat.check_accumulates(ctx.next_functions[0][0])
         ctx.gradients.arm()
-        return DTensor(grad, ctx.spec, requires_grad=False), None
+        if ctx.adapter is not None:
+            ctx.gradients.add_term(ctx.adapter, grad)
+            return None, None, None
+        return DTensor(grad, ctx.spec, requires_grad=False), None, None
 
 
 class _CopyToRegion(torch.autograd.Function):
@@ -334,7 +392,8 @@ class Style:
             module._parameters.update(params)
 
     def local_value(self, module: nn.Module, name: str, param: DTensor, gradients: ReplicatedGradients) -> Tensor:
-        local = gradients.local(param) if self.outside_fsdp or self.is_partial(name) else to_local(param)
+        is_term = self.outside_fsdp or self.is_partial(name)
+        local = gradients.local(param, self.outside_fsdp) if is_term else to_local(param)
         if self.original is not None:  # whose parameter FSDP has gathered in the dtype to compute in
             local = local.to(self.original._parameters[name].dtype)
         return self.term(name, local, gradients.mesh.size())

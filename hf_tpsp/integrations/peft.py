@@ -42,7 +42,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from ..collectives import all_reduce, to_local
 from ..compat import replace
 from ..config import TPSPConfig
-from ..parallelize import full_state_dict, is_parallelized, parallelize, parallelized_model
+from ..parallelize import cut_whole_tensors, full_state_dict, is_parallelized, parallelize, parallelized_model
 from ..styles import (
     Adapter,
     Colwise,
@@ -147,7 +147,11 @@ def _patch_update_layer(original: Callable) -> Callable:
 def _whole(module: nn.Module) -> Iterator[None]:
     """While inside, a sharded `module` is plain again, with its whole parameters. Every rank must enter it."""
     parameters = dict(module._parameters)
-    ours = {n: v for n, v in vars(module).items() if "_tpsp_style" in vars(module) and (n == "forward" or "_tpsp" in n)}
+    ours = {
+        n: v
+        for n, v in vars(module).items()
+        if "_tpsp_style" in vars(module) and (n in ("forward", "__deepcopy__") or "_tpsp" in n)
+    }
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
             module._parameters[name] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
@@ -262,7 +266,7 @@ def _shard(module: nn.Module, style: Style, mesh: DeviceMesh, gradients: Replica
         module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         gradients.register_adapter(module, name, style.is_partial(name))
     style.install(module, gradients)
-    module.register_load_state_dict_pre_hook(_shard_state)
+    module.register_load_state_dict_pre_hook(cut_whole_tensors)
 
 
 def style_of(module: nn.Module) -> Style | None:
@@ -372,14 +376,3 @@ def _norm_of_rows(
         )
     squares = (transpose(weight, fan_in_fan_out) + scaling * lora_weight).square().sum(1)
     return (squares if over is None else all_reduce(squares, over)).sqrt().to(weight.dtype)
-
-
-def _shard_state(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
-    """Cut whole tensors that are loaded into an adapter as its parameters are."""
-    for name, parameter in module._parameters.items():
-        value = state_dict.get(prefix + name)
-        if value is not None and isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-            value = value.to(parameter.device, parameter.dtype)
-            state_dict[prefix + name] = distribute_tensor(
-                value, parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
