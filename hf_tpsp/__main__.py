@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from .trainer import enable
+from .api import enable
 
 
 def main() -> None:

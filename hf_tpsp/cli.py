@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import yaml
 
 from .config import ACTIVATION_CHECKPOINTING, LOSSES, TPSPConfig
-from .presets import accelerate_config
+from .launch import accelerate_config
 
 if TYPE_CHECKING:
-    from .verify import Result
+    from verify import Result
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,8 +148,9 @@ def run_plan(args: argparse.Namespace) -> None:
     from rich.table import Table
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .plan import plan_for, rule_for, wildcard
-    from .styles import style_for
+    from .plan.planner import plan_for
+    from .rules import rule_for, wildcard
+    from .styles.registry import style_for
 
     config = mesh_config(args, sequence_parallel=not args.no_sequence_parallel)
     with torch.device("meta"):
@@ -171,7 +172,7 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> None:
-    from .verify import verify
+    from .tools.verify.verify import verify
 
     if args.all == bool(args.model):
         raise ValueError("verify takes a model type or a folder, or --all.")
@@ -248,7 +249,8 @@ def run_verify_all(args: argparse.Namespace) -> None:
 def run_estimate(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from .estimation import Hardware, estimate, parse_bytes
+    from .tools.estimate.estimation import estimate
+    from .tools.estimate.hardware import Hardware, parse_bytes
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     sizes = {
@@ -260,7 +262,7 @@ def run_estimate(args: argparse.Namespace) -> None:
     for name in ("run", "json", "plot", "write_config"):
         given.pop(name, None)
     if args.plot:
-        from .report import check_plot
+        from .tools.estimate.report import check_plot
 
         check_plot()  # before minutes have passed
     with Console(stderr=True).status("building the model") as status:
@@ -269,13 +271,13 @@ def run_estimate(args: argparse.Namespace) -> None:
         hosts = max(1, found.gpus // found.hardware.per_host)
         args.write_config.write_text(yaml.safe_dump(accelerate_config(found.config(), hosts), sort_keys=False))
     if args.plot:
-        from .report import plot
+        from .tools.estimate.report import plot
 
         plot(found, args.plot)
     if args.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        from .report import report
+        from .tools.estimate.report import report
 
         # A pipe gets the whole width; a terminal its own.
         Console(width=None if sys.stdout.isatty() else 160).print(report(found))

@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 SEQUENCE = Shard(1)
+
+
 _ops = torch.ops._c10d_functional
 
 
@@ -207,3 +210,93 @@ def _local(grad: DTensor, spec: DTensorSpec) -> Tensor:
     if grad._spec.placements != spec.placements:
         grad = grad.redistribute(placements=spec.placements)
     return grad._local_tensor
+
+
+class _CopyToRegion(torch.autograd.Function):
+    """Identity forward, all-reduce backward: the entry of a region when the stream is replicated (Megatron's f)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return x.detach()  # and not a view, into which a block could not write
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.mesh.get_group())
+        return grad, None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    """All-reduce forward, identity backward: the exit of a region when the stream is replicated (Megatron's g)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        return all_reduce(x, mesh)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class OneShare(torch.autograd.Function):
+    """Identity forward; backward, one rank's share of a gradient that all ranks have alike, so that they add up to it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad / ctx.size, None
+
+
+class _OwnTerm(torch.autograd.Function):
+    """What every rank has whole → its own part of the sequence, as the stream. Backward: the part's gradient, and zeros beside it,
+    which is this rank's term of the whole gradient. No collective."""
+
+    @staticmethod
+    def forward(ctx, full: Tensor, mesh: DeviceMesh) -> DTensor:
+        ctx.shape, ctx.mesh = full.shape, mesh
+        return slice_sequence(full.detach(), mesh)
+
+    @staticmethod
+    def backward(ctx, grad: DTensor):
+        if grad.placements != (SEQUENCE,):
+            grad = grad.redistribute(placements=[SEQUENCE])
+        term = grad._local_tensor.new_zeros(ctx.shape)
+        chunk_of(term, 1, ctx.mesh.get_local_rank(), ctx.mesh.size()).copy_(grad._local_tensor)
+        return term, None
+
+
+def local_slice(full: Tensor, placement: Placement, rank: int, size: int) -> Tensor:
+    """What `distribute_tensor` would leave of `full` on `rank` of a mesh dim of `size`."""
+    if isinstance(placement, Replicate):
+        return full
+    parts = full.chunk(placement.split_factor, placement.dim) if isinstance(placement, _StridedShard) else [full]
+    return torch.cat([chunk_of(part, placement.dim, rank, size) for part in parts], placement.dim)
+
+
+def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The stream as the plain full tensor `[batch, seq, hidden]` of a region.
+
+    What is computed from it covers this rank's columns only, so its gradient is a term of a sum over the ranks.
+    """
+    if isinstance(x, DTensor):
+        if x.placements == (SEQUENCE,):
+            return gather_sequence(x)
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return _CopyToRegion.apply(x, mesh) if x.requires_grad else x
+
+
+def sharded_features(local: Tensor, width: int, mesh: DeviceMesh) -> DTensor:
+    """This rank's of `width` output features, as the DTensor of all."""
+    shape = torch.Size((*local.shape[:-1], width))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False, shape=shape, stride=stride)
+
+
+def own_features(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`[..., features]` → this rank's share of the features."""
+    return local_slice(x, Shard(x.dim() - 1), mesh.get_local_rank(), mesh.size())

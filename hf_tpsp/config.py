@@ -7,21 +7,19 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from .structure import size_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+
 LOSSES = ("chunked", "loss_parallel")
+
+
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+
+
 MIXED_PRECISION = ("no", "bf16")
-
-
-def size_of(owner: object, name: str) -> int | None:
-    """A size that a config or a module names; None if it has none of this name, or not one for all layers."""
-    try:
-        size = getattr(owner, name, None)
-    except Exception:  # transformers raises for sizes that differ from layer to layer
-        return None
-    return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
 def environment_flag(name: str, default: str = "false") -> bool:

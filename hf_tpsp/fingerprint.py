@@ -10,6 +10,8 @@ from torch import Tensor
 
 PIECE = 2**22
 """Elements that are hashed at a time: it takes 16 bytes for each."""
+
+
 MULTIPLIER = -7046029254386353131
 """Of a multiplicative hash modulo 2**64 (Knuth, TAOCP 3, 6.4): odd, and far from both small and round numbers."""
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..compat import replace
-from ..guard import beside
-from ..logits import unread
-from ..loss import IGNORE_INDEX, vocab_parallel_statistics
-from ..parallelize import is_parallelized, parallelized_model
+from ..forward.batch_check import beside
+from ..loss.cross_entropy import IGNORE_INDEX, vocab_parallel_statistics
+from ..loss.logits import unread
+from ..state import is_parallelized, parallelized_model
+from ..upstream.patching import replace
 
 OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits")
 

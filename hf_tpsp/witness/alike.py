@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
 from ..collectives import all_gather
-from ..compat import sharded_parameter
 from ..config import TPSPConfig
 from ..fingerprint import PIECE, fingerprint, fingerprint_of_text
+from ..upstream.fsdp2 import sharded_parameter
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "hf_tpsp")
 

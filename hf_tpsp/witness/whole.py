@@ -19,14 +19,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from transformers import Cache
 
-from ..collectives import chunk_of, shard_width, slice_sequence
-from ..loss import vocab_parallel_cross_entropy
-from ..styles import Embedding, Head, sharded_features
+from ..collectives import chunk_of, shard_width, sharded_features, slice_sequence
+from ..loss.cross_entropy import vocab_parallel_cross_entropy
+from ..styles.head import Head
+from ..styles.stream import Embedding
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference of a block from the whole block, by the dtype it computes in. An error of the layouts is of the
 order of 1; fp64 cannot be asked for more, because transformers casts to fp32 inside norms and softmax."""
+
+
 LIMIT_TF32 = 1e-2
+
+
 TOKENS = 8
 """Positions of each row on which head and loss are compared."""
 

@@ -30,8 +30,12 @@ from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..fingerprint import fingerprint
-from ..plan import rule_for, wildcard
-from ..styles import STYLES, Block, Embedding, Head, Norm, Replica, ReplicatedGradients
+from ..rules import rule_for, wildcard
+from ..styles.block import Block, Replica
+from ..styles.gradients import ReplicatedGradients
+from ..styles.head import Head
+from ..styles.registry import STYLES
+from ..styles.stream import Embedding, Norm
 from .alike import (
     compare_setup,
     compare_state,
@@ -46,6 +50,7 @@ from .alike import (
 from .whole import compare_with_whole, limit_of, skeleton
 
 logger = logging.get_logger(__name__)
+
 
 DRAWS, NOT_CALLED = "it draws random numbers", "it was not called"
 

@@ -1,0 +1,238 @@
+"""What a model returns to its caller is whole: hidden states, attentions and whatever else, as well as the loss.
+
+Inside the model the stream is sharded over the sequence, and each rank has the attention weights of its own heads. The caller
+gets a `LazyWhole` in their place: a plain tensor of the whole shape, which is gathered when somebody computes with it. That is
+collective: every rank of the TP group must do it. What nobody reads costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_map_only
+
+from ..collectives import SEQUENCE, all_gather, all_gather_sequence, own_part
+
+
+class LazyWhole(Tensor):
+    """A whole tensor of which each rank has a part, gathered at the first operation on it. Shape, dtype and device are known.
+
+    To autograd it is an ordinary tensor. Its gradient, which all ranks of the TP group compute alike, goes back to each
+    rank's own part of it, once.
+
+    Args:
+        shape: of the whole. like: has its dtype and device.
+        read: a list of one: a function that gives the whole tensor, and is collective; or the tensor, once it has been read.
+
+    Attributes:
+        part: this rank's heads, if it is made of heads, for a block that takes them.
+        source: the tensor of the model's that it was made of; take: whole gradient → that of `source`; give: the reverse, which
+            is collective. None for what was detached from it.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size, like: Tensor, read: list) -> LazyWhole:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        self._read, self.part = read, None
+        self.source = self.take = self.give = self._grad = None
+        self._retains = False
+        return self
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def whole(self) -> Tensor:
+        """The plain tensor, without gradient. Every rank of the TP group must call it."""
+        if callable(self._read[0]):  # shared with what was detached from it
+            with torch.no_grad():
+                self._read[0] = self._read[0]().contiguous()
+        return self._read[0]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].shape, args[0], args[0]._read)
+        plain_args, plain_kwargs = tree_map_only(LazyWhole, LazyWhole.whole, (args, kwargs or {}))
+        out = func(*plain_args, **plain_kwargs)
+        # An in-place operation returns what it was given.
+        return args[0] if args and isinstance(args[0], LazyWhole) and out is plain_args[0] else out
+
+    def full_tensor(self) -> Tensor:
+        """Itself, whole and plain, with its gradient."""
+        return self.clone()
+
+    def register_hook(self, hook: Callable) -> Any:
+        """As a tensor's: `hook` sees, and may change, the whole of the gradient, also what comes through the rest of the model,
+        which was computed from `source` and not from this."""
+        if self.source is None or getattr(hook, "__module__", "").startswith("torch.distributed"):  # FSDP2's own
+            return super().register_hook(hook)
+        take, give = self.take, self.give
+
+        def on_source(grad: Tensor) -> Tensor | None:
+            new = hook(give(grad))
+            return None if new is None else take(new)
+
+        return self.source.register_hook(on_source)
+
+    def retain_grad(self) -> None:
+        if self.source is None or self._retains:
+            return None if self._retains else super().retain_grad()
+        self._retains, kept = True, weakref.ref(self)  # its own graph would hold it otherwise
+
+        def keep(grad: Tensor) -> None:
+            if (tensor := kept()) is not None:
+                tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+
+        self.register_hook(keep)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """After `retain_grad`, the whole gradient."""
+        return self._grad if self._retains else super().grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self._grad = value
+
+    def _plain(self, what: str) -> Tensor:
+        if self.requires_grad:
+            raise RuntimeError(f"Can't call {what} on a tensor that requires grad. Use tensor.detach().{what} instead.")
+        return self.whole()
+
+    def numpy(self, **kwargs):
+        return self._plain("numpy()").numpy(**kwargs)
+
+    def __array__(self, *args):
+        return self._plain("numpy()").__array__(*args)
+
+    def tolist(self):
+        return self.whole().tolist()
+
+    def item(self):
+        return self.whole().item()
+
+    def data_ptr(self):
+        return self.whole().data_ptr()
+
+    def untyped_storage(self):
+        return self.whole().untyped_storage()
+
+    def __reduce_ex__(self, protocol):
+        return self._plain("save()").__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return self._plain("deepcopy()").clone()
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"LazyWhole(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class _Hand(torch.autograd.Function):
+    """This rank's part of a tensor → the whole, lazily. `take` makes of the whole gradient that of the part."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, shape: torch.Size, make: Callable[[], Tensor], take: Callable) -> Tensor:
+        ctx.take = take
+        return LazyWhole(shape, part, [make])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.take(grad), None, None, None
+
+
+def _hand(part: Tensor, shape: torch.Size, make: Callable, take: Callable, give: Callable) -> LazyWhole:
+    out = _Hand.apply(part, shape, make, take)
+    if part.requires_grad:
+        out.source, out.take, out.give = part, take, give
+    return out
+
+
+def whole_stream(x: DTensor) -> Tensor:
+    """A DTensor → the whole tensor, lazily: a stream `[batch, seq, …]` that is sharded over the sequence, or any other."""
+    spec, mesh, local = x._spec, x.device_mesh, x._local_tensor.detach()
+    if x.placements == (SEQUENCE,):
+        return _hand(
+            x,
+            x.shape,
+            lambda: all_gather_sequence(local, spec.shape[1], mesh),
+            lambda grad: DTensor(own_part(grad, mesh), spec, requires_grad=False),
+            lambda grad: grad.full_tensor(),
+        )
+    if all(isinstance(p, Replicate) for p in x.placements):
+        return _hand(
+            x,
+            x.shape,
+            lambda: local,
+            lambda grad: DTensor(grad, spec, requires_grad=False),
+            lambda grad: grad.full_tensor(),
+        )
+    return x.full_tensor()
+
+
+def whole_heads(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's heads `[batch, heads / tp, …]` → all `[batch, heads, …]`, lazily. Its gradient is this rank's heads'."""
+    own, rank, local = x.shape[1], mesh.get_local_rank(), x.detach()
+
+    def give(part: Tensor) -> Tensor:
+        return all_gather(part.transpose(0, 1).contiguous(), mesh).transpose(0, 1)
+
+    def take(grad: Tensor) -> Tensor:
+        return grad.narrow(1, rank * own, own).contiguous()
+
+    shape = torch.Size((x.shape[0], own * mesh.size(), *x.shape[2:]))
+    out = _hand(x, shape, lambda: give(local), take, give)
+    out.part = x
+    return out
+
+
+def hand_out_whole(owners: list[nn.Module], gradients: Any) -> None:
+    """Have the modules `owners`, those that hold the layers, return whole tensors to whoever is outside all of them.
+
+    Args:
+        gradients: the model's `ReplicatedGradients`, which knows meanwhile that the model's forward is running.
+    """
+
+    def wrapped(inner: Callable) -> Callable:
+        @functools.wraps(inner)  # transformers and the Trainer read its signature
+        def forward(*args, **kwargs):
+            gradients.depth += 1
+            try:
+                output = inner(*args, **kwargs)
+            finally:
+                gradients.depth -= 1
+            return whole_output(output, {}) if gradients.depth == 0 else output
+
+        return forward
+
+    for module in owners:
+        module.forward = wrapped(module.forward)
+
+
+def whole_output(x: Any, known: dict[int, tuple[DTensor, Tensor]]) -> Any:
+    """`x` with what is sharded in it whole, lazily; logits, which are sharded over the vocabulary, are left as they are.
+    `known`: what has been made whole already, by the id of what it was made from, which it keeps alive."""
+    if isinstance(x, DTensor):
+        if x.placements != (SEQUENCE,) and x.placements == (Shard(x.dim() - 1),):
+            return x
+        if id(x) not in known:
+            known[id(x)] = x, whole_stream(x)
+        return known[id(x)][1]
+    if isinstance(x, dict):
+        for name, value in list(x.items()):
+            new = whole_output(value, known)
+            if new is not value:
+                x[name] = new
+        return x
+    if type(x) in (list, tuple):
+        new = [whole_output(value, known) for value in x]
+        return x if all(a is b for a, b in zip(new, x, strict=True)) else type(x)(new)
+    return x

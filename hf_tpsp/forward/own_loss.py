@@ -1,0 +1,56 @@
+"""The model's own forward, which computes its loss on vocabulary shards and hands out lazy logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from ..loss.cross_entropy import on_shards
+from ..loss.logits import LazyLogits, stay_unread
+
+
+def patch_loss(model: PreTrainedModel, gathered: Callable) -> None:
+    """Have `model` compute its own loss from sharded logits, and keep no key-value cache in training.
+
+    The loss is looked up at each forward, because a script may set `model.loss_function` at any time. `gathered` is a context
+    in which the head's parameters are whole over data parallelism.
+
+    Logits of a call without labels and without gradients come back whole (generation). All others are not computed until
+    they are read (`LazyLogits`), on every rank of the TP group.
+    """
+    inner = model.forward
+    model.loss_function = on_shards(model.loss_function)
+
+    def finish(logits, loss):
+        whole = not torch.is_grad_enabled() and loss is None and not stay_unread()
+        if whole and isinstance(logits, (LazyLogits, DTensor)):
+            return logits.full_tensor()
+        if isinstance(logits, LazyLogits):
+            logits.gathered = gathered
+        return logits
+
+    @functools.wraps(inner)
+    def forward(*args, **kwargs):
+        if not hasattr(loss_function := model.loss_function, "_tpsp_on_shards"):
+            model.loss_function = on_shards(loss_function)
+        # In training transformers would copy every key and value into a cache. Left alone with `position_ids`, which it
+        # takes for packed rows only if there is no cache: that choice is the script's.
+        if model.training and torch.is_grad_enabled() and kwargs.get("position_ids") is None:
+            kwargs.setdefault("use_cache", False)
+        output = inner(*args, **kwargs)
+        for loss in (output[0],) if isinstance(output, tuple) else (output.get("loss"),):
+            if type(loss) is Tensor and loss.requires_grad:
+                loss.register_hook(lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad)
+        if isinstance(output, tuple):
+            at = 0 if isinstance(output[0], (LazyLogits, DTensor)) else 1  # a loss, which is plain, comes first
+            return (*output[:at], finish(output[at], output[0] if at else None), *output[at + 1 :])
+        if output.get("logits") is not None:
+            output["logits"] = finish(output["logits"], output.get("loss"))
+        return output
+
+    model.forward = forward

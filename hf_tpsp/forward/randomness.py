@@ -1,0 +1,230 @@
+"""Random numbers on the ranks of a TP group: what they hold alike is drawn alike, what is a rank's own is drawn per rank.
+
+The default generators are the common stream, in the same state on all ranks of a group (`agree`); data-parallel groups
+stay apart. A rank's own stream is no second generator but a function of the common one: `own_stream` takes one number of
+it, whatever the length of what is drawn, and seeds the generator from that number and the rank for as long as it is open.
+So the common streams stay in step on any length, and whoever saves and restores the default generators (activation
+checkpointing, the Trainer's resume) reproduces both.
+
+Between the blocks, dropout on the sequence-sharded stream is DTensor's to draw (`Tracker`; on CUDA torch has one). Inside a
+split block, numbers for the tokens as all ranks hold them, and for terms of a sum, are common; numbers for this rank's heads or
+columns are its own (`Split`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor._random as tensor_random
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from transformers.utils import logging
+
+from ..fingerprint import fingerprint
+
+logger = logging.get_logger(__name__)
+
+
+_DRAWING_NAMES = ("drop", "jitter", "noise")
+
+
+def is_faked() -> bool:
+    """Whether a world is simulated here: its generators have no values."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether `module` in training may draw random numbers: a rate of dropout, layerdrop or jitter above zero, of a part of it or
+    of the part's config. Asked each time: a script may set its rates at any time, and add adapters."""
+    for part in module.modules():
+        own = vars(part)
+        if any(_is_rate(name, value) for name, value in own.items()):
+            return True
+        if "config" in own and any(_is_rate(name, value) for name, value in vars(own["config"]).items()):
+            return True
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            return True
+    return False
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    return isinstance(value, float) and value > 0 and any(word in name for word in _DRAWING_NAMES)
+
+
+@contextlib.contextmanager
+def own_stream(rank: int, device: torch.device) -> Iterator[None]:
+    """While inside, `device`'s default generator draws numbers of `rank`'s own. The common stream goes on by one number."""
+    if torch.compiler.is_compiling() or is_faked():
+        yield
+        return
+    if device.type == "cpu":
+        seed = torch.randint(2**62, (), device="cpu").item()
+        generator = torch.default_generator
+        state = generator.get_state()
+    else:  # counter-based: seed and offset are read without waiting for the device
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        generator = torch.cuda.default_generators[index]
+        seed = (generator.initial_seed() * 0x9E3779B97F4A7C15 + generator.get_offset()) % 2**62
+        generator.set_offset(generator.get_offset() + 4)
+        state = generator.get_state()
+    generator.manual_seed((seed ^ ((rank + 1) * 0xBF58476D1CE4E5B9)) % 2**63)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+class Tracker(tensor_random._RNGStateTracker):
+    """DTensor's random operations on the CPU: a shard's numbers are its rank's own, a replica's are common.
+
+    torch 2.13 (tensor/_random.py) has a tracker for accelerators only; on the CPU each rank draws the same numbers for
+    another part, and as many as its part has. Delete when `is_rng_supported_mesh` holds for a CPU mesh.
+    """
+
+    def __init__(self):
+        self.distribute_region_enabled = True
+
+    @contextlib.contextmanager
+    def _distribute_region(self, spec, generator=None):
+        sharded = [dim for dim, placement in enumerate(spec.placements) if not placement.is_replicate()]
+        if generator is not None or not sharded:
+            yield
+            return
+        rank = 0
+        for dim in sharded:
+            rank = rank * spec.mesh.size(dim) + spec.mesh.get_local_rank(dim)
+        with own_stream(rank, torch.device("cpu")):
+            yield
+
+
+_DRAWS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
+    torch.dropout_, torch.bernoulli, torch.native_dropout, torch.rand_like, torch.randn_like, torch.randint_like,
+    torch.multinomial, F.gumbel_softmax, F.scaled_dot_product_attention, Tensor.uniform_, Tensor.normal_,
+    Tensor.bernoulli_, Tensor.bernoulli, Tensor.exponential_, Tensor.multinomial, Tensor.random_,
+}  # fmt: skip
+
+
+class Split(TorchFunctionMode):
+    """Inside a split block: numbers for this rank's heads or columns are drawn from its own stream.
+
+    All else is common: what is drawn for tokens as every rank holds them (jitter, a router's choice), and dropout on terms of a
+    sum, which drops the same elements of each, as of the sum itself.
+
+    Args:
+        tokens: `(batch, seq)` of the block's stream.
+        own_widths: of this block's column-split features, on any rank, that no whole tensor has.
+    """
+
+    def __init__(self, rank: int, tokens: tuple[int, int], own_widths: frozenset[int]):
+        super().__init__()
+        self.rank, self.tokens, self.own_widths = rank, tokens, own_widths
+
+    def is_own(self, x: Tensor) -> bool:
+        batch, length = self.tokens
+        of_tokens = (x.dim() >= 3 and tuple(x.shape[:2]) == self.tokens) or (
+            x.dim() >= 2 and x.shape[0] == batch * length
+        )
+        if x.dim() >= 4 or not of_tokens:  # heads stand beside the tokens
+            return x.dim() > 1
+        return x.shape[-1] in self.own_widths
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        drawn_for = args[0] if func in _DRAWS and args else None
+        if isinstance(drawn_for, Tensor) and not isinstance(drawn_for, DTensor) and self.is_own(drawn_for):
+            with own_stream(self.rank, drawn_for.device):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def inside_block(module: nn.Module, shape: torch.Size | None, mesh: DeviceMesh) -> contextlib.AbstractContextManager:
+    """What a split block runs in, given the `shape` of its stream, `[batch, seq, …]`. Nothing unless it draws."""
+    if shape is None or not module.training or torch.compiler.is_compiling() or not draws(module):
+        return contextlib.nullcontext()
+    return Split(mesh.get_local_rank(), tuple(shape[:2]), _own_widths(module, mesh.size()))
+
+
+def _own_widths(module: nn.Module, size: int) -> frozenset[int]:
+    own, whole = set(), set()
+    for part in module.modules():
+        style = type(vars(part).get("_tpsp_style")).__name__
+        sizes = {getattr(part, n) for n in ("in_features", "out_features", "nx", "nf") if hasattr(part, n)}
+        if hasattr(part, "_tpsp_width"):
+            sizes.add(part._tpsp_width)
+        if style in ("Colwise", "PackedColwise", "Rowwise", "SplitRowwise", "GatheredColwise"):
+            for width in sizes:
+                chunk = -(-width // size)
+                own |= {chunk, width - chunk * (size - 1)}
+        whole |= sizes
+    return frozenset(own - whole)
+
+
+def agree(mesh: DeviceMesh) -> None:
+    """Give all ranks of a TP group their first rank's state of the default generators. One broadcast."""
+    if mesh.size() == 1 or is_faked():
+        return
+    group = mesh.get_group()
+    states = [torch.get_rng_state()]
+    on_cuda = mesh.device_type == "cuda"
+    if on_cuda:
+        states.append(torch.cuda.get_rng_state())
+    mine = torch.cat(states).to(mesh.device_type)
+    common = mine.clone()
+    dist.broadcast(common, src=dist.get_global_rank(group, 0), group=group)
+    if torch.equal(common, mine):
+        return
+    logger.warning_once(
+        "hf_tpsp: the ranks of a TP group had seeds of their own; they take over their first rank's random state, for they "
+        "hold parts of one model."
+    )
+    states = common.cpu().split([len(s) for s in states])
+    torch.set_rng_state(states[0].clone())
+    if on_cuda:
+        torch.cuda.set_rng_state(states[1].clone())
+
+
+def digest(device: torch.device) -> Tensor:
+    """An int64 on `device` that tells states of the default generators apart."""
+    if is_faked():
+        return torch.zeros((), dtype=torch.int64, device=device)
+    found = fingerprint(torch.get_rng_state()).to(device)
+    if device.type == "cuda":  # counter-based: seed and offset are read without waiting for the device
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        found = found * 31 + generator.initial_seed() * 31 + generator.get_offset()
+    return found
+
+
+def install(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Have the ranks of a TP group draw alike what they hold alike: in training, in `generate`, from the first forward on. A script
+    may seed them apart between any two steps: the batch check finds that out (`guard.py`)."""
+    if mesh.device_type == "cpu" and not isinstance(tensor_random._rng_tracker, Tracker):
+        tensor_random._rng_tracker = Tracker()
+    forward, agreed = model.forward, False
+
+    @functools.wraps(forward)  # the Trainer reads its signature
+    def common_forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal agreed
+        if not agreed:
+            agreed = True
+            agree(mesh)
+        return forward(*args, **kwargs)
+
+    model.forward = common_forward
+    if hasattr(model, "generate"):
+        generate = model.generate
+
+        @functools.wraps(generate)
+        def common_generate(*args: Any, **kwargs: Any) -> Any:
+            agree(mesh)
+            return generate(*args, **kwargs)
+
+        model.generate = common_generate

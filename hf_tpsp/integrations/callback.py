@@ -1,0 +1,77 @@
+"""`TPSPCallback`: hf_tpsp's part in the Trainer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..config import TPSPConfig
+from ..forward.options import check_dtypes
+from ..sharding import parallelize, set_mixed_precision
+from ..state import Parallelized, is_parallelized, parallelized_model
+from .session import _active, _install, _install_once
+from .trainer import check_accelerator, check_parameters, check_training_arguments, library_of
+
+logger = logging.get_logger(__name__)
+
+
+class TPSPCallback(TrainerCallback):
+    """Parallelizes the Trainer's model when the Trainer is made, unless the loading hook has, and checks the set-up.
+
+    `enable()` adds it to every Trainer. To write it yourself: `Trainer(…, callbacks=[TPSPCallback()])`, launched with
+    one of the presets, or with a config given here. Make it before the `TrainingArguments`.
+
+    Args:
+        config: defaults to `TPSPConfig.from_accelerate()`.
+    """
+
+    def __init__(self, config: TPSPConfig | None = None):
+        self.config = config or TPSPConfig.from_accelerate()
+        if self.config.world_size > 1 and not _active:
+            _install(self.config, hook_loading=False)
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        self.set_up(args, state, model)
+
+    def set_up(self, args, state, model) -> None:
+        """Ready a model of the Trainer's, the first one or one that `model_init` has made since."""
+        if self.config.world_size == 1 or model is None:
+            return
+        check_training_arguments(args)
+        if library_of(args) == "trl":
+            _install_once("trl")
+        if not is_parallelized(model):
+            parallelize(model, self.config)
+        inner = parallelized_model(model)
+        done: Parallelized = inner._tpsp
+        check_accelerator(done.config)
+        if done.config.compile and args.gradient_checkpointing:
+            replace(done.config, activation_checkpointing="full")  # says why not
+        check_parameters(model)
+        set_mixed_precision(model)  # TrainingArguments(bf16=True), else what the preset says
+        check_dtypes(inner)
+        if state.is_world_process_zero:
+            c = done.config
+            logger.info(
+                f"hf_tpsp: {type(inner).__name__} on dp_replicate {c.dp_replicate_size} x dp_shard {c.dp_shard_size} x "
+                f"tp {c.tp_size}, sequence parallel {'on' if c.sequence_parallel else 'off'}, loss {c.loss}"
+            )
+
+
+def _set_up_again(original: Callable) -> Callable:
+    """`Trainer.call_model_init`, whose second model (`train()` makes a new one) is readied as the first was."""
+
+    @functools.wraps(original)
+    def call_model_init(self, *args, **kwargs):
+        model = original(self, *args, **kwargs)
+        handler = vars(self).get("callback_handler")  # there is none while the Trainer is made: `on_init_end` will come
+        for callback in handler.callbacks if handler is not None else ():
+            if isinstance(callback, TPSPCallback):
+                callback.set_up(self.args, self.state, model)
+        return model
+
+    return call_model_init

@@ -1,0 +1,176 @@
+"""The loading hook: under `enable()`, `from_pretrained` shards a causal LM while it reads it.
+
+transformers builds the model on meta, hands it to `maybe_distribute_model`, and then fills whatever DTensors it finds,
+each rank reading only its own slices of the safetensors. `parallelize` stands at that point, so no rank ever holds the
+whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.mixin import DistributedMixin
+from transformers.utils import logging
+
+from ..config import TPSPConfig
+from ..forward.options import REPLACES_LAYERS
+from ..sharding import parallelize
+from ..state import build_mesh, is_parallelized
+from ..upstream import patching
+
+logger = logging.get_logger(__name__)
+
+
+# Arguments of from_pretrained that place or convert the model in another way.
+PLACEMENT = ("device_map", "tp_plan", "tp_size", "distributed_config", "quantization_config")
+
+
+# Arguments that put other code in place of the layers.
+KERNELS = ("use_kernels", "kernel_config")
+
+
+class _Ours(DistributedConfig):
+    """Marks the loads that the hook started."""
+
+
+class _Meshes:
+    """What transformers asks of its mesh manager. It only passes the mesh on to the loader."""
+
+    def __init__(self, mesh):
+        self._mesh = mesh
+
+    def get_mesh(self, dims):
+        return self._mesh
+
+
+def is_causal_lm(cls: type) -> bool:
+    return cls in MODEL_FOR_CAUSAL_LM_MAPPING.values() or cls.__name__.endswith("ForCausalLM")
+
+
+def check_not_quantized(config: PreTrainedConfig | None) -> None:
+    """Raise `ValueError` if a checkpoint's config says that it is quantized."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "This checkpoint is quantized. hf_tpsp cannot shard quantized weights, so QLoRA is not supported; use LoRA on the "
+            "checkpoint in bf16, whose weights are split over all ranks."
+        )
+
+
+@contextlib.contextmanager
+def whole_missing_parameters(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, the parameters that a checkpoint lacks are plain and whole on every rank, to be initialised as by one
+    process; each rank then keeps its part. All ranks draw rank 0's numbers; ranks that were seeded apart stay so.
+
+    Initialised as DTensors, every rank's part would get the same numbers: half of a vocabulary would copy the other.
+    """
+    missing = [
+        (module, name, param)
+        for module in model.modules()
+        for name, param in module._parameters.items()
+        if isinstance(param, DTensor) and not getattr(param, "_is_hf_initialized", False)
+    ]
+    wholes: dict[int, nn.Parameter] = {}  # by parameter: tied ones stay one
+    for module, name, param in missing:
+        if id(param) not in wholes:
+            whole = torch.empty(param.shape, dtype=param.dtype, device=param._local_tensor.device)
+            wholes[id(param)] = nn.Parameter(whole, requires_grad=param.requires_grad)
+        module._parameters[name] = wholes[id(param)]
+    before = torch.get_rng_state()
+    common = before.to(PartialState().device)
+    dist.broadcast(common, src=0)
+    common = common.cpu()
+    torch.set_rng_state(common)
+    try:
+        yield
+    finally:
+        if not torch.equal(common, before):
+            torch.set_rng_state(before)
+        for module, name, param in missing:
+            module._parameters[name] = param
+            cut = distribute_tensor(wholes[id(param)].detach(), param.device_mesh, param.placements, src_data_rank=None)
+            with torch.no_grad():
+                param._local_tensor.copy_(cut._local_tensor)
+            param._is_hf_initialized = True
+
+
+def install(config: TPSPConfig) -> Callable[[], None]:
+    """Hook `from_pretrained` of every causal LM class, and of the auto class. Returns the function that undoes it."""
+
+    def hook_auto(original):
+        def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+            try:
+                return original.__func__(cls, pretrained_model_name_or_path, *args, **kwargs)
+            except OSError as error:
+                if os.path.isdir(pretrained_model_name_or_path):
+                    raise
+                raise OSError(
+                    f"{str(pretrained_model_name_or_path)!r} is neither a checkpoint folder (looked in {os.getcwd()}) nor a model that the "
+                    "hub or its local cache has."
+                ) from error
+
+        return classmethod(from_pretrained)
+
+    def hook_load(original):
+        def from_pretrained(cls, *args, **kwargs):
+            if not is_causal_lm(cls):
+                logger.warning_once(f"hf_tpsp: {cls.__name__} is not a causal LM and is loaded whole on every rank.")
+                return original.__func__(cls, *args, **kwargs)
+            for name in PLACEMENT:
+                if kwargs.get(name) is not None:
+                    raise ValueError(
+                        f"from_pretrained({name}=…) places the model in another way than hf_tpsp does. Leave {name} "
+                        "out, or load this model before hf_tpsp.enable()."
+                    )
+            for name in KERNELS:
+                if kwargs.get(name):
+                    raise ValueError(f"from_pretrained({name}=…) {REPLACES_LAYERS}.")
+            check_not_quantized(kwargs.get("config"))  # as the auto class has read it
+            return original.__func__(cls, *args, **kwargs, distributed_config=_Ours())
+
+        return classmethod(from_pretrained)
+
+    def hook_prepare(original):
+        def prepare_distribute_model(cls, distributed_config, device_map=None):
+            if not isinstance(distributed_config, _Ours):
+                return original.__func__(cls, distributed_config, device_map)
+            mesh = build_mesh(config)  # first: it may have to start accelerate's state, and the ranks' process group
+            return distributed_config, PartialState().device, _Meshes(mesh)
+
+        return classmethod(prepare_distribute_model)
+
+    def hook_distribute(original):
+        def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+            if not isinstance(distributed_config, _Ours):
+                return original.__func__(cls, model, distributed_config, mesh_manager)
+            check_not_quantized(model.config)
+            # accelerate, not transformers, trains, saves and resumes this model; nothing else may see the config.
+            del model.config.distributed_config
+            return parallelize(model, config)
+
+        return classmethod(maybe_distribute_model)
+
+    def hook_initialize(original):
+        @functools.wraps(original)
+        def _initialize_missing_keys(self, is_quantized):
+            with whole_missing_parameters(self) if is_parallelized(self) else contextlib.nullcontext():
+                return original(self, is_quantized)
+
+        return _initialize_missing_keys
+
+    return patching.replace(
+        (PreTrainedModel, "_initialize_missing_keys", hook_initialize),
+        (AutoModelForCausalLM, "from_pretrained", hook_auto),
+        (PreTrainedModel, "from_pretrained", hook_load),
+        (DistributedMixin, "prepare_distribute_model", hook_prepare),
+        (DistributedMixin, "maybe_distribute_model", hook_distribute),
+    )

@@ -1,0 +1,122 @@
+"""accelerate: `Accelerator.prepare` of a model that is sharded, or that it shards: for loops of one's own."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from ..sharding import parallelize
+from ..state import is_parallelized
+from . import loading
+from .peft import adapters
+from .session import _active
+from .trainer import check_accelerator, check_parameters
+
+
+def _patch_prepare(original):
+    """accelerate 1.15 (accelerator.py, `_prepare_tp` and `_prepare_fsdp2`) cannot take a model that is sharded already:
+    it imports a class that transformers 5.23 does not have, matches parameters by data pointer (empty shards collide),
+    and wants an optimizer beside every model (so `evaluate()` before `train()` raises). Nothing is left to shard: the
+    model is noted and the rest prepared as always. Delete when `prepare` leaves sharded models alone."""
+
+    @functools.wraps(original)
+    def prepare(self, *args, device_placement=None):
+        from ..sharding import set_mixed_precision
+        from ..state import is_parallelized
+
+        replaced = parallelize_prepared(args)
+        sharded = [isinstance(arg, nn.Module) and is_parallelized(arg) for arg in args]
+        if not any(sharded):
+            _follow_parameters(args, replaced)
+            return original(self, *args, device_placement=device_placement)
+        for model in (arg for arg, ours in zip(args, sharded, strict=True) if ours):
+            if self.mixed_precision not in ("no", "bf16"):
+                raise ValueError(
+                    f"Accelerator(mixed_precision={self.mixed_precision!r}) needs scaling that knows of the shards; use 'bf16'."
+                )
+            if self.mixed_precision == "bf16":  # a loop of one's own; a Trainer has done it
+                set_mixed_precision(model)
+            if not any(model is known for known in self._models):
+                self._models.append(model)
+        _follow_parameters(args, replaced)
+        result = args
+        for first_pass in (True, False):  # schedulers come second: they need the prepared optimizers
+            result = tuple(
+                arg if ours else self._prepare_one(arg, first_pass=first_pass)
+                for arg, ours in zip(result, sharded, strict=True)
+            )
+        for item in result:
+            if isinstance(item, (nn.Module, AcceleratedOptimizer, AcceleratedScheduler, DataLoader)):
+                item._is_accelerate_prepared = True
+        return result if len(result) > 1 else result[0]
+
+    return prepare
+
+
+def _follow_parameters(args: tuple, replaced: list[tuple[nn.Module, dict[str, nn.Parameter]]]) -> None:
+    """Point the optimizers in `args` at the sharded parameters, as accelerate's own FSDP2 path does.
+
+    Args:
+        replaced: each model that has just been sharded, with the parameters that it had before, by name. Each remembers
+            what took its place.
+
+    Raises:
+        ValueError: such an optimizer has taken steps; its state is of whole parameters.
+    """
+    for model, before in replaced:
+        now = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in before.items():
+            parameter._tpsp_replaced_by = now[name]
+    for optimizer in args:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            continue
+        old = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, "_tpsp_replaced_by")]
+        if any(optimizer.state.get(p) for p in old):
+            raise ValueError(
+                "This optimizer has taken steps on the whole model that accelerator.prepare has sharded since. Make it, or "
+                "load its state, after accelerator.prepare(model)."
+            )
+        for p in old:
+            optimizer.state.pop(p, None)
+        for group in optimizer.param_groups:
+            group["params"] = [getattr(p, "_tpsp_replaced_by", p) for p in group["params"]]
+
+
+def parallelize_prepared(args: tuple) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Parallelize the causal LMs that `accelerator.prepare` is given whole, made from a config for one, wrapped or not.
+
+    Returns:
+        Each of these models, with the parameters that it had before, by name (tied ones by each of theirs).
+
+    Raises:
+        ValueError: the model cannot be sharded, or has parameters outside of the causal LM that it wraps.
+    """
+    replaced = []
+    for model in args:
+        if not isinstance(model, nn.Module) or not _active or is_parallelized(model):
+            continue
+        lm = next(
+            (m for m in model.modules() if isinstance(m, PreTrainedModel) and loading.is_causal_lm(type(m))), None
+        )
+        if lm is None:
+            continue
+        config = _active[0].config
+        check_accelerator(config)
+        loading.check_not_quantized(lm.config)
+        before = dict(model.named_parameters(remove_duplicate=False))
+        inside = {id(p) for p in lm.parameters()}
+        if outside := [name for name, p in before.items() if id(p) not in inside]:
+            raise ValueError(
+                f"{type(model).__name__} has parameters outside of the {type(lm).__name__} that hf_tpsp would shard: "
+                f"{', '.join(outside[:3])}. Prepare the causal LM itself, or prepare this model before hf_tpsp.enable()."
+            )
+        parallelize(model if adapters.is_adapted(model) else lm, config)
+        check_parameters(model)
+        replaced.append((model, before))
+    return replaced

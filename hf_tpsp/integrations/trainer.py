@@ -1,0 +1,158 @@
+"""transformers' Trainer: the options it refuses, and what is put around its steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from ..config import TPSPConfig
+from ..forward import batch_check
+from ..loss.cross_entropy import causal_lm_loss
+from ..loss.logits import LazyLogits
+
+# Optimizers that treat each element alike, whatever the shards; others look at whole rows, blocks or singular values.
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
+
+TRL_CONFIGS = ("SFTConfig", "DPOConfig")
+
+
+# Options of the Trainer and of TRL's that would train something else than one process does: why, and what to do.
+REFUSED = {
+    "auto_find_batch_size": "would have to unshard the model; set per_device_train_batch_size",
+    "torch_compile": "would compile the whole model, hooks and all; leave it out and set HF_TPSP_COMPILE=true, which "
+    "compiles each decoder layer",
+    "use_liger_kernel": "puts kernels that know nothing of the shards in place of the model's layers and loss; leave it "
+    "out (the loss is computed in chunks anyway)",
+    "eval_use_gather_object": "gathers every sample once per TP rank; leave it out",
+    "activation_offloading": "hooks what autograd keeps, as hf_tpsp does; leave it out and set "
+    "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
+    "enable_jit_checkpoint": "saves when a timer on each rank says so, and ranks that begin at different steps wait for each "
+    "other for ever; leave it out and set save_steps",
+    "use_kernels": "puts kernels that know nothing of the shards in place of the model's layers; leave it out",
+    "use_weighting": "needs a number of each token that the head on vocabulary shards does not compute; leave it out",
+    "precompute_ref_log_probs": "hashes the whole reference model, which is sharded; leave it out",
+    "sync_ref_model": "copies whole weights from one sharded model to another; leave it out",
+}
+
+
+def library_of(args) -> str:
+    """The library that a trainer's arguments, or the class they derive from, belong to: "trl" or "transformers"."""
+    modules = [cls.__module__.partition(".")[0] for cls in type(args).__mro__]
+    return "trl" if "trl" in modules else "transformers"
+
+
+def check_training_arguments(args) -> None:
+    """Refuse the `TrainingArguments` that would train something else than one process does. Raises `ValueError`."""
+    problems = [f"{name}=True {why}" for name, why in REFUSED.items() if getattr(args, name, False)]
+    if library_of(args) == "trl" and not any(cls.__name__ in TRL_CONFIGS for cls in type(args).__mro__):
+        problems.append(f"{type(args).__name__}: of TRL's trainers, those of {', '.join(TRL_CONFIGS)} are supported")
+    if args.mixed_precision == "fp16":
+        problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
+    if args.optim not in OPTIMIZERS:
+        problems.append(
+            f"optim={str(getattr(args.optim, 'value', args.optim))!r} has not been shown to work on shards; of the "
+            f"Trainer's, {', '.join(OPTIMIZERS)} have"
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        problems.append(
+            'train_sampling_strategy="batch_rebalance" deals other batches to each rank of a TP group; use "group_by_length"'
+        )
+    if args.accelerator_config.dispatch_batches:
+        problems.append("dispatch_batches=True does not deal batches by the mesh; leave it out")
+    if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+        problems.append(
+            "gradient_checkpointing_kwargs={'selective': True} chooses operations by their names in one process; leave it "
+            "out, with gradient_checkpointing=False, and set HF_TPSP_ACTIVATION_CHECKPOINTING=selective"
+        )
+    if (args.activation_checkpointing_kwargs or {}).get("offload"):
+        problems.append(
+            "activation_checkpointing_kwargs={'offload': True} copies what autograd keeps to the host, which a sharded stream "
+            "does not allow; leave offload out (checkpointing keeps 1 / tp of it)"
+        )
+    if args.fsdp:
+        policy = (args.fsdp_config or {}).get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+        if str(policy).upper().rpartition(".")[2] != "NO_WRAP":
+            problems.append(f"fsdp_config auto_wrap_policy {policy!r} wraps a model that is sharded; leave `fsdp` out")
+    if problems:
+        raise ValueError("These TrainingArguments do not work with hf_tpsp: " + "; ".join(problems) + ".")
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise `ValueError` naming the parameters that came after the sharding, such as peft's: nobody would reduce their
+    gradients."""
+    plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if plain:
+        named = ", ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
+        raise ValueError(
+            f"These parameters were added to a model that is already sharded, and would train unsharded and unreduced: "
+            f"{named}. Of adapters, peft's LoRA is supported, added before the Trainer is made."
+        )
+
+
+def check_accelerator(config: TPSPConfig) -> None:
+    """Raise `ValueError` unless the Trainer's accelerator deals batches and saves state for the mesh of the model."""
+    state = AcceleratorState()
+    pc = state.parallelism_config
+    sizes = None if pc is None else (pc.data_parallel_size, pc.tp_size)
+    if not state.is_fsdp2 or sizes != (config.dp_size, config.tp_size):
+        raise ValueError(
+            f"The model is on a mesh of (data parallel, tensor parallel) = {(config.dp_size, config.tp_size)}, but "
+            f"accelerate runs {state.distributed_type.value} with {sizes}. Launch with a preset of these sizes "
+            "(`hf-tpsp config`), or call hf_tpsp.enable(config) before the TrainingArguments are made."
+        )
+    policy = state.fsdp_plugin.auto_wrap_policy
+    if policy is not None:
+        raise ValueError(
+            f"accelerate's FSDP wrap policy is {getattr(policy, '__name__', policy)}, which would wrap a model that is "
+            "already sharded. Set `fsdp_auto_wrap_policy: NO_WRAP` in the accelerate config."
+        )
+    state.fsdp_plugin.activation_checkpointing = False  # TPSPConfig.activation_checkpointing has done it
+
+
+def _knows_batch(original: Callable) -> Callable:
+    """A Trainer's step, whose forward compares all of the batch: of labels for a smoothed loss, or for one of the script's own,
+    the model knows nothing."""
+
+    @functools.wraps(original)
+    def step(self, model, inputs, *args, **kwargs):
+        with batch_check.beside(_batch=inputs):
+            return original(self, model, inputs, *args, **kwargs)
+
+    return step
+
+
+def _whole_predictions(original: Callable) -> Callable:
+    """`Trainer.prediction_step` whose logits, where `compute_metrics` or `predict` asks for them, are whole."""
+
+    @functools.wraps(original)
+    def prediction_step(self, *args, **kwargs):
+        loss, logits, labels = original(self, *args, **kwargs)
+        return loss, tree_map_only(DTensor, DTensor.full_tensor, logits), labels
+
+    return prediction_step
+
+
+def patch_label_smoother(original):
+    """`LabelSmoother.__call__` (of `TrainingArguments(label_smoothing_factor=…)`) on vocabulary shards."""
+
+    @functools.wraps(original)
+    def __call__(self, model_output, labels, shift_labels=False, num_items_in_batch=None):
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if not isinstance(logits, (LazyLogits, DTensor)):
+            return original(self, model_output, labels, shift_labels, num_items_in_batch)
+        return causal_lm_loss(
+            logits,
+            labels,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=self.ignore_index,
+            shift_labels=None if shift_labels else labels,
+            label_smoothing=self.epsilon,
+        )
+
+    return __call__

@@ -1,0 +1,87 @@
+"""The mesh as accelerate writes it: the environment that it reads, the configs that `hf-tpsp config` makes, ranks on the CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .config import TPSPConfig
+
+FOLDER = Path(__file__).parent
+
+
+# Name of the file → (config, number of hosts, ranks on the CPU). TP stays inside a host, FSDP spans them.
+SHIPPED: dict[str, tuple[TPSPConfig, int, bool]] = {
+    "cpu_2x2": (TPSPConfig(dp_shard_size=2, tp_size=2), 1, True),
+    "host8_2x4": (TPSPConfig(dp_shard_size=2, tp_size=4, mixed_precision="bf16"), 1, False),
+    "host8_1x8": (TPSPConfig(dp_shard_size=1, tp_size=8, mixed_precision="bf16"), 1, False),
+    "hosts2_2x8": (TPSPConfig(dp_shard_size=2, tp_size=8, mixed_precision="bf16"), 2, False),
+    "hosts4_4x8": (TPSPConfig(dp_shard_size=4, tp_size=8, mixed_precision="bf16"), 4, False),
+    "hosts4_hsdp_2x2x8": (
+        TPSPConfig(dp_replicate_size=2, dp_shard_size=2, tp_size=8, mixed_precision="bf16"), 4, False,
+    ),
+}  # fmt: skip
+
+
+def accelerate_config(config: TPSPConfig, hosts: int = 1, cpu: bool = False) -> dict:
+    """What `accelerate launch --config_file` wants to read, as a dict.
+
+    Args:
+        config: the mesh.
+        hosts: number of machines. Each runs `world_size / hosts` ranks; give `--machine_rank` and
+            `--main_process_ip` on the command line of each.
+        cpu: run the ranks on the CPU (gloo).
+
+    Raises:
+        ValueError: the hosts cannot share the ranks evenly, or a TP group would span two of them.
+    """
+    per_host, rest = divmod(config.world_size, hosts)
+    if rest:
+        raise ValueError(f"{config.world_size} ranks do not spread evenly over {hosts} hosts.")
+    if per_host % config.tp_size:
+        raise ValueError(
+            f"tp_size={config.tp_size} does not divide the {per_host} ranks of a host, so a TP group would span hosts, "
+            "and its traffic with it. Use a tp_size that divides them."
+        )
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": "FSDP",
+        "enable_cpu_affinity": False,
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "NO_WRAP",
+            "fsdp_activation_checkpointing": config.activation_checkpointing == "full",
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_offload_params": False,
+            "fsdp_reshard_after_forward": config.reshard_after_forward,
+            "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        },
+        "machine_rank": 0,
+        "main_process_port": 0 if hosts == 1 else 29500,  # 0: a free one, so that two runs on one machine do not meet
+        "main_training_function": "main",
+        "mixed_precision": config.mixed_precision,
+        "num_machines": hosts,
+        "num_processes": config.world_size,
+        "parallelism_config": {
+            "parallelism_config_dp_replicate_size": config.dp_replicate_size,
+            "parallelism_config_dp_shard_size": config.dp_shard_size,
+            "parallelism_config_tp_size": config.tp_size,
+            "parallelism_config_cp_size": 1,
+        },
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": cpu,
+    }
+
+
+def use_cpu_if_alone() -> None:
+    """Have accelerate run the ranks on the CPU if there is nothing else: its FSDP launcher drops `use_cpu`.
+
+    accelerate 1.15 (utils/launch.py, `prepare_multi_gpu_env`) does not export ACCELERATE_USE_CPU, and without it the
+    ranks of a machine without accelerators silently become single processes. Delete when it does.
+    """
+    if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -1,0 +1,272 @@
+"""Cross entropy on vocabulary shards, and a model's own loss on them.
+
+Logits `[batch, seq, vocab]` are sharded over the vocabulary, and stay so: only per-token numbers travel. They are
+`LazyLogits`, from which the loss and the head are computed together in chunks of tokens (`loss="chunked"`), or made for
+all tokens, for torch's `loss_parallel` (`loss="loss_parallel"`, and logits that something was written into); or DTensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_map_only
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import logging
+
+from ..collectives import SEQUENCE, plain
+from ..upstream.autograd import without_inference_mode
+from ..upstream.dtensor import _loss_parallel
+from ..vocabulary import require_inside
+from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
+from .logits import LazyLogits
+
+logger = logging.get_logger(__name__)
+
+
+IGNORE_INDEX = -100
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Per-token cross entropy `[tokens]` of local logits `[tokens, vocab / tp]`, by torch's `loss_parallel`.
+
+    torch wants backward inside its context too. So the gradient for an upstream gradient of 1 is computed in forward,
+    while the context is open, and saved (`[tokens, vocab / tp]`, in the logits' dtype) in place of the fp32
+    log-probabilities; backward multiplies it by whatever upstream gradient comes, which is exact, because tokens do not
+    mix. Three all-reduces of `[tokens]` in forward, none in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        local_logits: Tensor,
+        labels: Tensor,
+        mesh: DeviceMesh,
+        vocab_size: int,
+        ignore_index: int,
+        smoothing: float,
+    ):
+        shape = torch.Size((labels.numel(), vocab_size))
+        dtype = local_logits.dtype
+        local_logits = local_logits.detach().to(torch.promote_types(dtype, torch.float32))
+        needs_grad = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(needs_grad), _loss_parallel():
+            logits = DTensor.from_local(
+                local_logits, mesh, [Shard(1)], run_check=False, shape=shape, stride=(vocab_size, 1)
+            ).requires_grad_(needs_grad)
+            loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)
+            grad = torch.autograd.grad(loss, logits, torch.ones_like(loss))[0].to_local() if needs_grad else None
+        loss = loss.detach().to_local()
+        if smoothing:
+            loss, grad = _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, smoothing)
+        ctx.save_for_backward(grad.to(dtype) if needs_grad else None, labels != ignore_index)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        upstream = plain(upstream)
+        grad, valid = ctx.saved_tensors
+        upstream = torch.where(valid, upstream, 0)  # which is infinite where there is no label at all
+        return (grad * upstream.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
+
+
+def _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, smoothing):
+    """Label smoothing on top of the cross entropy: `(1 - e) * nll - e * mean_v(log p_v)`.
+
+    As `nll = lse - x_y` and `-mean_v(log p_v) = lse - mean_v(x_v)`, that is `nll + e * (x_y - mean_v(x_v))`, with
+    gradient `e * (onehot_y - 1 / vocab)` beside that of nll. One all-reduce of `[2, tokens]`.
+    """
+    columns = local_logits.shape[1]
+    start = -(-vocab_size // mesh.size()) * mesh.get_local_rank()
+    valid = labels != ignore_index
+    local = labels - start
+    owned = (local >= 0) & (local < columns) & valid
+    local = local.masked_fill(~owned, 0).unsqueeze(1)
+    label_logit = local_logits.gather(1, local).squeeze(1).masked_fill(~owned, 0)
+    terms = torch.stack([label_logit, local_logits.sum(1)])
+    dist.all_reduce(terms, group=mesh.get_group())
+    loss = loss + smoothing * (terms[0] - terms[1] / vocab_size) * valid
+    if grad is not None:
+        grad = grad - (smoothing / vocab_size) * valid.unsqueeze(1)
+        grad = grad.scatter_add(1, local, (smoothing * owned).unsqueeze(1))
+    return loss, grad
+
+
+@without_inference_mode()  # in which DTensor has no cross entropy
+def vocab_parallel_cross_entropy(
+    logits: LazyLogits | DTensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """`torch.nn.functional.cross_entropy` for logits that are sharded over the vocabulary.
+
+    Args:
+        logits: `[..., vocab]`, what a parallelized model returns: `LazyLogits`, or a DTensor that is `Shard(-1)` on a
+            one-dimensional TP mesh. Plain logits are whole, and alike on every rank: a model that gives a loss of the script's
+            own whole logits, or its own code, has made them of lazy ones.
+        labels: plain integer tensor `[...]`, the same on every TP rank. Not shifted here.
+        ignore_index: labels of this value give no loss and no gradient.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        reduction: `"none"` (`[...]`), `"sum"`, or `"mean"` over the labels that are not ignored.
+
+    Returns:
+        A plain tensor in fp32 (fp64 for fp64 logits), bitwise the same on every TP rank. Its gradient is exact for any
+        upstream gradient, and backward needs no context.
+
+    Raises:
+        ValueError: a DTensor that is not vocabulary-sharded, labels of another shape, an unknown reduction.
+    """
+    _check(logits, labels, ignore_index)
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}.")
+    flat = labels.reshape(-1).to(logits.device)
+    if not isinstance(logits, (LazyLogits, DTensor)):
+        whole = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        loss = F.cross_entropy(whole, flat, **options)
+        return loss.view(labels.shape) if reduction == "none" else loss
+    valid = (flat != ignore_index).sum()
+    if isinstance(logits, LazyLogits):
+        logits.spend()
+    if isinstance(logits, LazyLogits) and logits.is_chunked:
+        head, tensors = _chunked_head(logits, ignore_index, label_smoothing, statistics=False)
+        if reduction == "none":
+            return logits.hook(token_statistics(head, *tensors, flat).nll).view(labels.shape)
+        divisor = valid if reduction == "mean" else torch.ones_like(valid)
+        return logits.hook(summed_loss(head, *tensors, flat, divisor))
+    if isinstance(logits, LazyLogits):
+        logits = logits.sharded()
+    local = logits.to_local(grad_placements=logits.placements)
+    loss = _VocabParallelCrossEntropy.apply(
+        local.reshape(-1, local.shape[-1]), flat, logits.device_mesh, logits.shape[-1], ignore_index, label_smoothing
+    )
+    if reduction == "none":
+        return loss.view(labels.shape)
+    total = loss.sum()
+    return total if reduction == "sum" else total / valid
+
+
+@without_inference_mode()
+def vocab_parallel_statistics(
+    logits: LazyLogits | Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
+) -> TokenStatistics:
+    """Cross entropy, entropy, top-1 and mean logit of each token from one pass over the vocabulary.
+
+    Arguments as in `vocab_parallel_cross_entropy`. The tensors of the result have the shape of `labels`; the gradient
+    of `nll` is exact for any upstream gradient; the others have none. Plain logits, which a model's own code has made of lazy
+    ones, are whole and alike on every rank.
+    """
+    _check(logits, labels, ignore_index)
+    if not isinstance(logits, (LazyLogits, DTensor)):
+        return _statistics_of_whole(logits, labels, ignore_index)
+    if isinstance(logits, LazyLogits):
+        logits.spend()
+    if not logits.is_chunked:
+        return _statistics_of_whole(logits.read(), labels, ignore_index)
+    head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
+    found = token_statistics(head, *tensors, labels.reshape(-1).to(logits.device))
+    nll, *others = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1, found.mean_logit))
+    return TokenStatistics(logits.hook(nll), *others)
+
+
+def _statistics_of_whole(logits: Tensor, labels: Tensor, ignore_index: int) -> TokenStatistics:
+    """The same from whole logits, which something was written into."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(x.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=ignore_index)
+    x = x.detach()
+    entropy = torch.special.entr(x.softmax(-1)).sum(-1)
+    return TokenStatistics(nll.view(labels.shape), entropy, x.argmax(-1) == labels, x.mean(-1))
+
+
+def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    if isinstance(logits, DTensor) and (
+        len(logits.placements) != 1 or not logits.placements[0].is_shard(logits.ndim - 1)
+    ):
+        raise ValueError(
+            f"logits must be plain, or a DTensor sharded on its last dimension over one mesh dim, got {logits.placements}."
+        )
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels {tuple(labels.shape)} do not match logits {tuple(logits.shape)}.")
+    require_inside("labels", labels, logits.shape[-1], ignore_index)
+
+
+def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, statistics: bool):
+    """The head of `logits`, and its tensors: hidden states, weight and bias, as plain local ones."""
+    hidden = logits.hidden
+    if hidden.placements != (SEQUENCE,):  # or replicated
+        hidden = hidden.redistribute(placements=[Replicate()])
+    with (logits.gathered or contextlib.nullcontext)():
+        weight, bias = logits.parameters()
+    head = ChunkedHead(
+        hidden.device_mesh, hidden.placements, hidden.shape, logits.shape[-1], logits.pointwise, ignore_index,
+        smoothing, statistics,
+    )  # fmt: skip
+    return head, (hidden.to_local(grad_placements=hidden.placements), weight, bias)
+
+
+def causal_lm_loss(
+    logits: LazyLogits | DTensor,
+    labels: Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    **kwargs,
+) -> Tensor:
+    """transformers' `ForCausalLMLoss` on vocabulary shards: the same arguments, the same scalar.
+
+    `labels` `[batch, seq]` are shifted here; `shift_labels` `[batch, seq]` are taken as they are. With
+    `num_items_in_batch` the sum is divided by it, else by the number of labels that are not ignored.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if num_items_in_batch is None:
+        return vocab_parallel_cross_entropy(logits, shift_labels, reduction="mean", **options)
+    total = vocab_parallel_cross_entropy(logits, shift_labels, reduction="sum", **options)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def on_shards(loss_function: Callable) -> Callable:
+    """What computes, from logits that are sharded over the vocabulary, what `loss_function` does from whole ones.
+
+    transformers' causal loss is `causal_lm_loss`, with the arguments that it knows; it ignores all others, such as
+    `label_smoothing`. Any other loss is given whole logits `[batch, seq, vocab]`, plain and alike on every TP rank, through
+    which its gradient is exact: at the price of their memory, and a loss may do with them whatever it likes.
+    """
+    if loss_function is ForCausalLMLoss:
+
+        @functools.wraps(ForCausalLMLoss)
+        def loss(
+            logits, labels, vocab_size, num_items_in_batch=None, ignore_index=IGNORE_INDEX, shift_labels=None, **kwargs
+        ):
+            # The plan leaves the logits whole where the head is part of a larger module.
+            compute = causal_lm_loss if isinstance(logits, (LazyLogits, DTensor)) else ForCausalLMLoss
+            return compute(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+
+    else:
+        name = getattr(loss_function, "__name__", type(loss_function).__name__)
+        logger.warning_once(
+            f"hf_tpsp: the model's loss is {name}, which knows nothing of shards, so the logits are gathered whole on every rank."
+        )
+
+        @functools.wraps(loss_function, updated=())
+        def loss(*args, **kwargs):
+            args, kwargs = tree_map_only((LazyLogits, DTensor), lambda x: x.full_tensor(), (args, kwargs))
+            return loss_function(*args, **kwargs)
+
+    loss._tpsp_on_shards = True
+    return loss

@@ -1,0 +1,402 @@
+"""Logits that are computed when somebody reads them.
+
+The chunked loss multiplies by the head a few tokens at a time, so that `[tokens, vocab / tp]` never exists. It needs what
+the head was given, but the code between head and loss is the model's own. So the head returns `LazyLogits`, on which that
+code's scaling, softcapping and masking of words is noted down, in place or not; the loss takes the hidden states and the
+notes out of it. For anybody else the ordinary head runs, and its logits are gathered: whole and plain, to be read and to be
+written into.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import numbers
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_map_only
+from transformers.utils import logging
+
+from ..collectives import chunk_of, shard_width
+
+logger = logging.get_logger(__name__)
+
+
+# What models do to their logits before the loss: elementwise, with numbers as the only other operands.
+POINTWISE = {
+    Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul,
+    Tensor.div, Tensor.__truediv__, torch.div,
+    Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add,
+    Tensor.sub, Tensor.__sub__, torch.sub,
+    Tensor.tanh, torch.tanh, F.tanh,
+    Tensor.clamp, torch.clamp,
+    Tensor.clone, torch.clone,
+    Tensor.float, Tensor.to,
+}  # fmt: skip
+
+
+# The same in place, as what they do out of place.
+INPLACE = {
+    Tensor.mul_: Tensor.mul, Tensor.__imul__: Tensor.mul,
+    Tensor.div_: Tensor.div, Tensor.__itruediv__: Tensor.div, Tensor.__idiv__: Tensor.div,
+    Tensor.add_: Tensor.add, Tensor.__iadd__: Tensor.add,
+    Tensor.sub_: Tensor.sub, Tensor.__isub__: Tensor.sub,
+    Tensor.tanh_: Tensor.tanh, torch.tanh_: Tensor.tanh,
+    Tensor.clamp_: Tensor.clamp, torch.clamp_: Tensor.clamp,
+}  # fmt: skip
+
+
+NOTABLE = (numbers.Number, torch.dtype, torch.memory_format, type(None))
+
+
+METADATA = {
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device,
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape", "ndim", "dtype", "device", "layout", "itemsize", "requires_grad", "is_leaf", "_base", "is_cpu",
+            "is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized",
+        )
+    ),
+}  # fmt: skip
+
+
+# What hands out the memory of the logits, or asks for their gradient, so that no version counter says what becomes of them.
+EXPOSES = {
+    Tensor.data.__get__, Tensor.detach_, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr,
+    Tensor.untyped_storage, Tensor.retain_grad, Tensor.register_hook,
+}  # fmt: skip
+
+
+_unread = contextvars.ContextVar("_unread", default=False)
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[None]:
+    """While inside, a model's lazy logits stay so, also where its caller would otherwise get whole ones."""
+    token = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
+
+
+def stay_unread() -> bool:
+    """Whether the caller is inside `unread`."""
+    return _unread.get()
+
+
+class LazyLogits(Tensor):
+    """The logits `[batch, seq, vocab]` of a head that has not run.
+
+    Shape, dtype and device are known. An elementwise operation of `POINTWISE` gives another `LazyLogits`; one in place, or a
+    number that is written into columns, is noted down on this one. Every other use runs the head, which is collective (every
+    rank of the TP group must do it), and acts on the whole logits, a plain tensor: any loss can be computed from them, and its
+    gradient is exact, at the price of `[batch, seq, vocab]` on every rank. Whatever is written into that tensor, or into a
+    view of it, is written into these logits: a loss that is computed from them later sees it. An attribute of DTensor's, such
+    as `placements` or `to_local`, is that of the DTensor `Shard(-1)` which the logits are at that moment.
+
+    Args:
+        hidden: what the head was given, as a DTensor `[batch, seq, hidden]`.
+        head: the head, whose parameters are DTensors.
+        run: `run(hidden)` is the ordinary head.
+        parameters: gives its weight and bias (or None) as the plain local tensors to compute with. None if the loss is to be
+            computed from the logits of all tokens.
+
+    Attributes:
+        pointwise: what has been noted down: functions of logits `[…, columns]` and of the number of their first column.
+    """
+
+    @staticmethod
+    def __new__(cls, hidden: DTensor, head: nn.Module, run: Callable[[DTensor], DTensor], parameters: Callable | None):
+        shape, grad = (*hidden.shape[:-1], head.out_features), torch.is_grad_enabled() and hidden.requires_grad
+        grad = grad or (torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()))
+        return cls._make(shape, hidden.dtype, hidden.device, grad, hidden, run, parameters, (), [])
+
+    @classmethod
+    def _make(cls, shape, dtype, device, grad, hidden, run, parameters, pointwise, hooks) -> LazyLogits:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=grad)
+        if grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(_refuse_gradient)
+        self.hidden, self._run, self.parameters, self.pointwise = hidden, run, parameters, pointwise
+        self._hooks: list[Callable] = hooks  # of the gradient; one list for all that come from one head
+        self._value: DTensor | None = None
+        self._whole: Tensor | None = None
+        self._whole_version: int | None = None  # when it was made; None: it may be another any time
+        self.origin: LazyLogits | None = None  # what came from the head, if these came from it
+        self._is_spent = False
+        # Replaced once the model's forward is over, when FSDP may have freed the head's weight.
+        self.gathered: Callable | None = None
+        return self
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the logits are what stands in the whole ones, and not what `pointwise` makes of the head's output."""
+        return self._whole is not None and (self._whole_version is None or self._whole_version != self._whole._version)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a loss was computed from these, or from others of the same head's, without the whole ones."""
+        return (self if self.origin is None else self.origin)._is_spent
+
+    def spend(self) -> None:
+        if not self.is_written:
+            (self if self.origin is None else self.origin)._is_spent = True
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the loss is to be computed from `hidden`, `parameters` and `pointwise`."""
+        return self.parameters is not None and not self.is_written
+
+    def materialize(self) -> DTensor:
+        """What `pointwise` makes of the head's output, `Shard(-1)`: runs the ordinary head, once."""
+        if self._value is None:
+            # With its gradient, also where `torch.no_grad` looks at them first.
+            with (
+                torch.inference_mode(False),
+                torch.set_grad_enabled(self.requires_grad),
+                (self.gathered or contextlib.nullcontext)(),
+            ):
+                self._value = self.hook(self._shape(self._run(self.hidden)))
+        return self._value
+
+    def _shape(self, value: DTensor) -> DTensor:
+        """`pointwise` of `value`."""
+        if not self.pointwise:
+            return value
+        local, spec = value.to_local(grad_placements=value.placements), value._spec
+        first = shard_width(value.shape[-1], spec.mesh.size()) * spec.mesh.get_local_rank()
+        for operation in self.pointwise:
+            local = operation(local, first)
+        return DTensor.from_local(
+            local, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
+        )
+
+    def read(self) -> Tensor:
+        """The logits, whole and plain. What is written into them is written into these."""
+        if self._whole is None:
+            value = self.materialize()
+            if value.requires_grad:
+                logger.warning_once(
+                    "hf_tpsp: the logits are read in training, so they are gathered whole on every rank. "
+                    "hf_tpsp.vocab_parallel_cross_entropy computes a loss from them as they are."
+                )
+            with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
+                self._whole = _Whole.apply(value)
+            self._whole_version = self._whole._version
+        if torch.is_inference_mode_enabled():  # in which no version counter counts
+            self._whole_version = None
+        return self._whole
+
+    full_tensor = read
+
+    def sharded(self) -> DTensor:
+        """The logits as they are now, `Shard(-1)`."""
+        if not self.is_written:
+            return self.materialize()
+        whole = DTensor.from_local(self._whole, self.hidden.device_mesh, [Replicate()], run_check=False)
+        return whole.redistribute(placements=[Shard(self.dim() - 1)])
+
+    def hook(self, result: Tensor) -> Tensor:
+        """`result`, with the hooks of these logits' gradient, which will come through `result` instead.
+
+        FSDP2 starts its backward by a hook on the outputs of the model."""
+        if result.requires_grad:
+            for hook in self._hooks:
+                result.register_hook(hook)
+        return result
+
+    def _add_hook(self, hook: Callable) -> None:
+        self._hooks.append(hook)
+        if self._value is not None and self._value.requires_grad:
+            self._value.register_hook(hook)
+
+    def _like(self, dtype: torch.dtype, requires_grad: bool, pointwise: tuple) -> LazyLogits:
+        made = self._make(
+            self.shape,
+            dtype,
+            self.device,
+            requires_grad,
+            self.hidden,
+            self._run,
+            self.parameters,
+            pointwise,
+            self._hooks,
+        )
+        made.gathered, made.origin = self.gathered, self if self.origin is None else self.origin
+        return made
+
+    def _note(self, func: Callable, rest: tuple, kwargs: dict) -> LazyLogits | None:
+        """What `func(self, *rest, **kwargs)` gives, if that can be noted down; else None."""
+        if self.requires_grad and not torch.is_grad_enabled():
+            return None  # its gradient is not to know of it
+        if (columns := self._columns(func, rest, kwargs)) is not None:
+            operation, is_inplace, dtype = (
+                _fill(*columns),
+                func not in (Tensor.masked_fill, torch.masked_fill),
+                self.dtype,
+            )
+        elif func in POINTWISE or func in INPLACE:
+            if func is Tensor.to:  # a move to where the logits are is none
+                rest = tuple(x for x in rest if not (_is_device(x) and torch.device(x) == self.device))
+            if not all(isinstance(x, NOTABLE) for x in (*rest, *kwargs.values())):
+                return None
+            if func is Tensor.to and not rest and not kwargs:
+                return self
+            operation, is_inplace = _elementwise(INPLACE.get(func, func), rest, kwargs), func in INPLACE
+            dtype = operation(torch.empty(1, dtype=self.dtype, device="meta"), 0).dtype
+            is_copy = any(x is True for x in (*rest, *kwargs.values()))
+            if func in (Tensor.to, Tensor.float) and dtype == self.dtype and not is_copy:
+                return self
+        else:
+            return None
+        if not is_inplace and not self.is_written:
+            return self._like(dtype, self.requires_grad, (*self.pointwise, operation))
+        if not is_inplace:  # lazy no longer, but a loss can still be computed from it on shards
+            whole = operation(self._whole, 0)
+            made = self._like(dtype, whole.requires_grad, ())
+            made._whole = whole
+            return made
+        if dtype != self.dtype or self._value is not None or self._whole is not None:
+            return None
+        self.pointwise = (*self.pointwise, operation)
+        return self
+
+    def _columns(self, func: Callable, rest: tuple, kwargs: dict) -> tuple[Tensor, Any] | None:
+        """The columns `[vocab]` into which `func` writes a number, for every token, and the number; None if it does not."""
+        if kwargs or len(rest) < 2 or not _is_number(rest[-1]):
+            return None
+        if func is Tensor.__setitem__ and len(rest) == 2:
+            selected = _of_last_dimension(rest[0], self.dim())
+        elif func is Tensor.index_fill_ and rest[0] in (-1, self.dim() - 1):
+            selected = rest[1]
+        elif func in (Tensor.masked_fill_, Tensor.masked_fill, torch.masked_fill) and isinstance(rest[0], Tensor):
+            selected = rest[0] if rest[0].shape == self.shape[-1:] else None
+        else:
+            return None
+        if selected is None:
+            return None
+        columns = torch.zeros(self.shape[-1], dtype=torch.bool, device=self.device)
+        columns[selected] = True
+        return columns, rest[-1]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in METADATA:
+            if func is Tensor.requires_grad.__get__ and args[0].is_written:
+                return args[0]._whole.requires_grad
+            return super().__torch_function__(func, types, args, kwargs)
+        if args and isinstance(args[0], LazyLogits):
+            if func is Tensor.register_hook and getattr(args[1], "__module__", "").startswith("torch.distributed"):
+                return args[0]._add_hook(args[1])
+            if func in (Tensor.register_hook, Tensor.retain_grad) and args[0].is_spent:
+                raise RuntimeError(_TOO_LATE)
+            if func is Tensor.contiguous and not kwargs:
+                return args[0]
+            if (noted := args[0]._note(func, args[1:], kwargs)) is not None:
+                return noted
+        return cls._on_whole(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return cls._on_whole(func, args, kwargs or {})
+
+    @classmethod
+    def _on_whole(cls, func: Callable, args: tuple, kwargs: dict) -> Any:
+        read: dict[int, LazyLogits] = {}
+
+        def whole(lazy: LazyLogits) -> Tensor:
+            read[id(lazy.read())] = lazy
+            if func in EXPOSES:
+                lazy._whole_version = None
+            return lazy._whole
+
+        args, kwargs = tree_map_only(LazyLogits, whole, (args, kwargs))
+        out = func(*args, **kwargs)
+        for lazy in read.values():
+            if lazy._whole.shape != lazy.shape:
+                raise ValueError(
+                    f"{getattr(func, '__name__', func)} changed the shape of a parallelized model's logits in place, from "
+                    f"{tuple(lazy.shape)} to {tuple(lazy._whole.shape)}. Use its form that returns a new tensor."
+                )
+        return (
+            read.get(id(out), out) if isinstance(out, Tensor) else out
+        )  # an operation in place returns what it was given
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.sharded(), name)
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class _Whole(torch.autograd.Function):
+    """Logits `Shard(-1)` → the whole of them, plain, in memory of its own, which may be written into. Its gradient is alike on
+    all ranks, and each takes its own columns'. Forward: all-gather. Backward: none."""
+
+    @staticmethod
+    def forward(ctx, value: DTensor) -> Tensor:
+        ctx.spec = value._spec
+        whole = value.full_tensor()
+        return whole.clone() if ctx.spec.mesh.size() == 1 else whole.detach()  # a view could not be written into
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        mesh = ctx.spec.mesh
+        own = chunk_of(grad, grad.dim() - 1, mesh.get_local_rank(), mesh.size()).contiguous()
+        return DTensor(own, ctx.spec, requires_grad=False)
+
+
+_TOO_LATE = (
+    "A loss was computed from these logits of a parallelized model already, a few tokens at a time, and its gradient does not come "
+    "through them: a hook on them, or their `grad`, would know nothing of it. Ask for it before the loss is computed: in a forward "
+    "hook on the head, or by calling the model without labels and computing the loss from `logits` afterwards."
+)
+
+
+def _refuse_gradient(grad: Tensor) -> None:
+    raise RuntimeError(
+        "A gradient came to the logits of a parallelized model from something that does not know them, such as a "
+        "torch.autograd.Function, and would be lost. Give it `logits.full_tensor()`: they are whole and plain, and take gradients."
+    )
+
+
+def _elementwise(func: Callable, rest: tuple, kwargs: dict) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, first: func(x, *rest, **kwargs)
+
+
+def _fill(columns: Tensor, value: Any) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, first: x.masked_fill(columns[first : first + x.shape[-1]], value)
+
+
+def _is_device(x: Any) -> bool:
+    return isinstance(x, (str, torch.device))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _of_last_dimension(key: Any, dims: int) -> Any:
+    """What `key` selects of the last dimension, if it takes all of the others; else None."""
+    *others, last = key if isinstance(key, tuple) else (key,)
+    whole = sum(isinstance(k, slice) and k == slice(None) for k in others)
+    ellipses = sum(k is Ellipsis for k in others)
+    if whole + ellipses != len(others) or ellipses > 1 or (not ellipses and whole != dims - 1):
+        return None
+    if isinstance(last, (slice, list, range)) or _is_number(last):
+        return last
+    return last if isinstance(last, Tensor) and last.dim() <= 1 and not last.is_floating_point() else None

@@ -1,0 +1,140 @@
+"""Branches on sizes, which a proof on a small copy cannot cover.
+
+The copy has other sizes than the model, and a short sequence. Where code compares such a size, the copy may take another branch
+than training does. Those comparisons are found in the source of the proven modules, and named in the plan's notes.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import operator
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+OPERATORS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
+             ast.NotEq: operator.ne}  # fmt: skip
+
+
+LENGTH = object()  # a size of a tensor, which no config knows
+
+
+DEPTH = 3  # of functions that call each other
+
+
+def uncovered(real: nn.Module, twin: nn.Module) -> list[str]:
+    """The comparisons of sizes in the code of `real`, and of the modules in it, of which the small copy `twin` may have taken
+    another branch, each as `source (function)`: of a tensor's size with a number or with a size that is another in the copy;
+    of two other sizes, if the comparison comes out otherwise there."""
+    found: dict[str, None] = {}
+    seen = set()
+    small = dict(twin.named_modules())
+    for name, module in real.named_modules():
+        other = small.get(name)
+        if type(module) in seen or other is None or type(module).__module__.startswith("torch."):
+            continue
+        seen.add(type(module))
+        for function in _functions(type(module)):
+            for text in _comparisons(function, module, other):
+                found[f"`{text}` ({function.__qualname__})"] = None
+    return list(found)
+
+
+def _functions(cls: type) -> Iterator[Any]:
+    """`cls.forward`, and what it calls of its own class or module."""
+    todo, seen = [(getattr(cls, "forward", None), 0)], set()
+    while todo:
+        function, depth = todo.pop()
+        function = inspect.unwrap(function) if callable(function) else None
+        if not inspect.isfunction(function) or function in seen:
+            continue
+        seen.add(function)
+        yield function
+        if depth == DEPTH or (tree := _parsed(function)) is None:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = node.func
+                if (
+                    isinstance(called, ast.Attribute)
+                    and isinstance(called.value, ast.Name)
+                    and called.value.id == "self"
+                ):
+                    todo.append((inspect.getattr_static(cls, called.attr, None), depth + 1))
+                elif isinstance(called, ast.Name):
+                    given = getattr(sys.modules.get(function.__module__), called.id, None)
+                    if inspect.isfunction(given) and given.__module__ == function.__module__:
+                        todo.append((given, depth + 1))
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(function) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # made at run time
+        return None
+
+
+def _comparisons(function, real: nn.Module, twin: nn.Module) -> Iterator[str]:
+    tree = _parsed(function)
+    if tree is None:
+        return
+    names: dict[str, ast.AST] = {}
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                parts = target.elts if isinstance(target, ast.Tuple) else [target]
+                names.update({part.id: node.value for part in parts if isinstance(part, ast.Name)})
+        checks = (
+            isinstance(node, ast.If)
+            and not node.orelse
+            and all(isinstance(n, (ast.Raise, ast.Expr)) for n in node.body)
+        )
+        if checks or isinstance(node, ast.Assert):  # it raises, or says something, and computes nothing
+            skipped.update(map(id, ast.walk(node.test)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and id(node) not in skipped and len(node.ops) == 1:
+            sides = [_value(side, names, real, twin) for side in (node.left, node.comparators[0])]
+            if type(node.ops[0]) in OPERATORS and None not in sides and _differs(OPERATORS[type(node.ops[0])], *sides):
+                yield ast.unparse(node)
+
+
+def _value(node: ast.AST, names: dict[str, ast.AST], real: nn.Module, twin: nn.Module, depth: int = 0) -> Any:
+    """`(in the model, in the copy)` of a number; LENGTH; or None for what is no size."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value, node.value
+    if isinstance(node, ast.Name) and node.id in names and depth < 4:
+        return _value(names[node.id], names, real, twin, depth + 1)
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
+        return LENGTH
+    if isinstance(node, ast.Attribute) and node.attr == "shape":  # `batch, length, _ = x.shape`
+        return LENGTH
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("size", "numel"):
+        return LENGTH
+    path, at = [], node
+    while isinstance(at, ast.Attribute):
+        path.append(at.attr)
+        at = at.value
+    if path and isinstance(at, ast.Name) and at.id == "self":
+        values = [
+            functools.reduce(lambda x, name: getattr(x, name, None), reversed(path), owner) for owner in (real, twin)
+        ]
+        if all(type(value) in (int, float) for value in values):
+            return tuple(values)
+    return None
+
+
+def _differs(compare, left: Any, right: Any) -> bool:
+    """Whether the comparison may come out otherwise in the copy."""
+    if left is LENGTH and right is LENGTH:
+        return False
+    if left is LENGTH or right is LENGTH:
+        size = right if left is LENGTH else left
+        return size[0] > 2  # below that are one token, and one row
+    return compare(left[0], right[0]) != compare(left[1], right[1])

@@ -1,0 +1,177 @@
+"""The ways to split a block that are worth a try: transformers' own plan, or one read off how the block was called."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from torch import nn
+from transformers.activations import ACT2CLS
+
+from ..config import TPSPConfig
+from ..structure import features, own, own_parameters
+from ..styles.block import Block
+from .record import Call
+
+# Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
+ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+
+
+GATHERED, SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"  # of transformers
+
+
+def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hidden: int) -> Iterator[dict[str, str]]:
+    """The ways to split `block`, a small copy's, that are worth a try: rules by name inside the block, without sizes
+    (`with_sizes`).
+
+    Args:
+        native: transformers' rules for what is inside the block, by name.
+        calls: how the copy's modules were called, by name.
+        hidden: the width of the stream.
+    """
+    inside = dict(block.named_modules())
+    rest = {}
+    for name, module in inside.items():
+        if name and own_parameters(module):
+            rest[name] = "replica"
+        elif type(module) in ACTIVATIONS:
+            rest[name] = "activation"
+    mlps = enclosed_mlps(native, inside, calls)
+    bases = list(translated(native, inside)) if native else []
+    bases += [{**mlps, **base} for base in bases if mlps]
+    bases += derived(block, inside, calls[""])
+    bases += [{**mlps, **base} for base in stacked_experts(inside, hidden)]
+    for base in bases:
+        for variants in ([], ["heads"], ["heads", "widths"]):
+            for residual in ([], ["residual"]) if len(calls[""].streams) > 1 else ([],):
+                named = ",".join([*variants, *residual])
+                yield {"": f"gather:{named}" if named else "gather", **rest, **base}
+
+
+def packings(closing: str) -> Iterator[str]:
+    """Rules of a layer that holds several projections: gate and up, or query, key and value of whatever widths."""
+    yield "pair"
+    yield f"qkv:{closing}"
+
+
+def translated(native: dict[str, str], inside: dict[str, nn.Module]) -> Iterator[dict[str, str]]:
+    """transformers' plan. A gathered output with a split input after it may be a packed projection."""
+    rules = {}
+    closing = [n for n, rule in native.items() if rule == SPLIT_INPUT]
+    opened = [n for n, rule in native.items() if rule == GATHERED]
+    for name, rule in native.items():
+        if name in inside:
+            if rule == "colwise" and isinstance(inside[name], nn.Linear):
+                rules[name] = "colwise"
+            elif rule in ("rowwise", SPLIT_INPUT):
+                rules[name] = "rowwise"
+        elif rule == "rowwise" and not name.endswith("bias"):
+            rules[name] = "split:-1"
+        elif rule in ("packed_rowwise", "packed_colwise") and not name.endswith("bias"):
+            rules[name] = f"packed:{-1 if rule == 'packed_rowwise' else -2},2"
+        elif rule == "colwise":
+            rules[name] = "split:-2"
+    if len(closing) == 1 and len(opened) == 1:
+        for packing in packings(closing[0]):
+            yield {**rules, opened[0]: packing}
+    yield {**rules, **dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_split")}
+
+
+def derived(block: nn.Module, inside: dict[str, nn.Module], call: Call) -> Iterator[dict[str, str]]:
+    """The linear layers that are fed what the block is fed, or what those make of it, and the last one that it calls."""
+    linears = {name: inside[name] for name in call.linears}
+    if not linears:
+        return
+    *before, last = linears
+    entries = [n for n in before if call.linears[n]]
+    later = [n for n in before if not call.linears[n]]  # up-projections of compressed ones
+    packed = [n for n in entries if features(linears[n])[1] > features(linears[last])[0]]
+    heads = own(block, Block.HEADS)
+    bare = {n: "split:0" for n, p in block.named_parameters(recurse=False) if heads and p.shape[:1] == (heads,)}
+    choices = [(entries, [])]
+    if later:
+        choices += [(few, later) for n in range(len(entries), -1, -1) for few in itertools.combinations(entries, n)]
+    for opening in (dict.fromkeys([*chosen, *ups], "colwise") for chosen, ups in choices):
+        yield {**opening, **bare, last: "rowwise"}
+        if len(packed) == 1 and packed[0] in opening:
+            for packing in packings(last):
+                yield {**opening, **bare, packed[0]: packing, last: "rowwise"}
+
+
+def stacked_experts(inside: dict[str, nn.Module], hidden: int) -> Iterator[dict[str, str]]:
+    """Expert weights `[experts, …]` and their biases: gate and up, one after the other or interleaved, and down."""
+    for opening in ("packed:{},2", "split:{}"):
+        rules = {}
+        for name, module in inside.items():
+            stacked = {n: p.shape for n, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)}
+            if not any(len(shape) == 3 for shape in stacked.values()):
+                continue
+            for n, shape in stacked.items():
+                full, closes = f"{name}.{n}" if name else n, any(word in n for word in ("down", "w2", "output"))
+                if len(shape) == 3 and hidden in shape[1:]:
+                    dim = -2 if shape[-1] == hidden else -1
+                    rules[full] = f"split:{dim}" if closes else opening.format(dim)
+                elif len(shape) == 2 and "bias" in n:
+                    rules[full] = "mean" if closes else opening.format(-1)
+        if rules:
+            yield rules
+
+
+def enclosed_mlps(native: dict[str, str], inside: dict[str, nn.Module], calls: dict[str, Call]) -> dict[str, str]:
+    """MLPs inside a block that transformers' plan leaves out: shared experts."""
+    rules = {}
+    for name in inside:
+        linears = {n: inside[f"{name}.{n}"] for n in calls[name].linears} if name and name in calls else {}
+        if len(linears) < 2 or any(f"{name}.{n}" in native for n in linears):
+            continue
+        *before, last = linears
+        width = features(linears[last])[0]
+        if all(calls[name].linears[n] and features(linears[n])[1] == width for n in before):
+            rules |= {f"{name}.{n}": "colwise" for n in before} | {f"{name}.{last}": "rowwise"}
+    return rules
+
+
+def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> dict[str, str] | None:
+    """`rules` for `block`, which has the structure of the one that they were proven on; None if its heads do not divide over
+    the ranks, or ranks would have to share kv heads that are not found among its projections."""
+    inside = dict(block.named_modules())
+    heads, kv_heads = own(block, Block.HEADS), own(block, Block.KV_HEADS)
+    is_attention = hasattr(block, "head_dim") or hasattr(block, "num_key_value_groups")
+    shared = kv_heads if is_attention and heads and kv_heads and kv_heads < min(heads, config.tp_size) else None
+    if is_attention and heads and (heads % config.tp_size or (kv_heads and not shared and kv_heads % config.tp_size)):
+        return None
+    sized = dict(rules)
+    for name, rule in rules.items():
+        kind, _, closing = rule.partition(":")
+        if kind in ("pair", "qkv"):
+            total = features(inside[name])[1]
+            first = total // 2 if kind == "pair" else features(inside[closing])[0]
+            parts = [first] if kind == "pair" else [(total - first) // 2] * 2
+            sized[name] = packed_rule((first, *parts), inside[name], shared if kind == "qkv" else None, config)
+        elif rule == "colwise" and shared and features(inside[name])[1] == shared * (own(block, ("head_dim",)) or 0):
+            sized[name] = f"colwise_gathered:{features(inside[name])[1]}@{shared}"
+    if shared and not any("@" in rule for rule in sized.values()):
+        return None
+    if shared:
+        sized[""] += (":" if ":" not in sized[""] else ",") + "groups"
+    return sized
+
+
+def packed_rule(parts: tuple[int, ...], projection: nn.Module, heads: int | None, config: TPSPConfig) -> str:
+    """The rule of a linear layer that holds projections of widths `parts`; `heads`: of all but the first, if ranks share
+    them."""
+    named = ",".join(f"{part}@{heads}" if heads and i else str(part) for i, part in enumerate(parts))
+    # The strided layout of equal parts leaves FSDP only the input dimension, which it cannot shard unevenly.
+    even = len(set(parts)) == 1 and not heads and parts[0] % config.tp_size == 0
+    even = even and features(projection)[0] % config.dp_shard_size == 0
+    return f"{'packed_colwise' if even else 'colwise_gathered'}:{named}"
+
+
+def whole_layout(block: nn.Module, native: dict[str, str], call: Call | None) -> dict[str, str]:
+    """The layout of a block that every rank computes whole. Linear layers whose output transformers gathers stay split."""
+    rules = {"": "whole"}
+    for name, module in block.named_modules():
+        if name and own_parameters(module):
+            split = native.get(name) == GATHERED and call is not None and name in call.linears
+            rules[name] = "colwise_whole" if split else "copy"
+    return rules

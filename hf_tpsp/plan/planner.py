@@ -1,0 +1,316 @@
+"""From a model to its plan: which style each module gets. No collectives, no devices, no weights read.
+
+The plan is derived, not listed per model, and proven before it is used (`prove.py`):
+
+    base.embed_tokens            embedding         the residual stream begins, sharded over the sequence
+    base.layers.*                enter             a stream that came from outside is cut here
+    base.layers.*.<norm>         norm              children of a layer whose class is a norm run on the shards
+    base.layers.*.<other>        gather, whole     every other child with parameters: a token mixer or an MLP
+    base.layers.*.<other>.…      colwise, rowwise, packed_…   where it is split
+                                 replica, copy     its other parameters
+                                 activation        an activation function, which has no parameters
+    base.norm                    norm
+    base.<other>, <other>        whole             what else the model computes beside its layers
+    lm_head                      head, lazy_head   logits stay sharded over the vocabulary
+
+A block is split by the first layout whose ranks add up to the block, out of: transformers' own tensor-parallel plan; the
+linear layers that are fed what the block is fed, and the last one that it calls; each with what the forward may need to
+know of its share (`gather:heads`). If none does, every rank computes the block whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import TPSPConfig
+from ..rules import Plan, check_complete, wildcard
+from ..structure import has_parameters, is_norm, is_plain_embedding, layer_lists, own_parameters
+from .branches import uncovered
+from .layouts import layouts, whole_layout, with_sizes
+from .prove import Twin
+from .record import RANKS, TOKENS, Call
+
+
+class _Planner:
+    """The plan of one model, in the making. Names are those of its modules; `twin` is its small copy."""
+
+    def __init__(self, model: PreTrainedModel, config: TPSPConfig):
+        self.model, self.config = model, config
+        self.native = dict(model.tp_plan or {})
+        self.modules = dict(model.named_modules())
+        self.lists = layer_lists(model)
+        for every_layer in (False, True):  # a pattern of layers may go by fields that `shrink.py` does not know
+            self.twin = Twin(model, self.lists, every_layer)
+            self.twins = {self.kind(name, module): name for name, module in reversed(self.twin.modules.items())}
+            if {self.kind(name, self.modules[name]) for name in self.layers()} <= self.twins.keys():
+                break
+        self.proofs: dict[tuple, dict[str, str] | None] = {}
+        self.local_norms: dict[tuple, bool] = {}
+        self.plan = Plan(config.sequence_parallel)
+        self.hidden = self.twin.model.config.get_text_config(decoder=True).hidden_size
+
+    def layers(self) -> list[str]:
+        return [f"{stem}.{index}" for stem, layers in self.lists.items() for index in range(len(layers))]
+
+    @staticmethod
+    def kind(name: str, module: nn.Module) -> tuple:
+        """What two modules have in common that are alike but for their sizes."""
+        inside = frozenset(wildcard(f".{n}") for n, _ in module.named_parameters())
+        return wildcard(name), type(module).__name__, inside
+
+    def twin_of(self, name: str) -> str:
+        kind = self.kind(name, self.modules[name])
+        if kind not in self.twins:
+            same = [k for k in self.twins if k[0] == kind[0]]
+            other = sorted(set(kind[2]) - set().union(*(k[2] for k in same)))
+            what = f"has parameters ({', '.join(f'{name}{n}' for n in other)})" if same and other else "is"
+            raise ValueError(
+                f"{name} ({kind[1]}) {what} not in a small copy built from the model's config, so hf_tpsp cannot prove how to "
+                "split it. Make what changes the model part of its class (a folder with its own code works), or train it "
+                "with FSDP alone."
+            )
+        return self.twins[kind]
+
+    def computes_before_layers(self) -> bool:
+        """Whether the model needs the whole sequence between the embedding and the first layer."""
+        calls = {name: self.twin.calls.get(name) for name in self.above()}
+        order = list(self.twin.calls)
+        first = min((i for i, n in enumerate(order) if n.startswith(self.twin.stems)), default=0)
+        before = [n for parent in self.above() for n in self.children(parent) if n in order[:first]]
+        return any(c is not None and c.beyond_pointwise(before_layers=True) for c in calls.values()) or any(
+            self.modules[n] is not self.model.get_input_embeddings() for n in before
+        )
+
+    def make(self) -> Plan:
+        self.plain = self.computes_before_layers()
+        if self.plain:
+            self.twin.calls = self.twin.record(from_embedding=False)
+        if (reader := self.twin.reads_embedding) is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} takes rows of its embedding's weight by itself (in {reader or 'its forward'}), "
+                "which a vocabulary-sharded embedding does not have on every rank. Train its text model alone, or with FSDP."
+            )
+        if self.plan.sequence_parallel and (reason := self.stream_reason()):
+            self.plan.sequence_parallel = False
+            self.plan.notes.append(f"no sequence parallel: {reason}")
+        self.split_together()
+        for name in self.layers():
+            self.plan_layer(name, self.modules[name])
+            for child in self.children(name):
+                self.plan_child(child)
+        self.plan_outside()
+        check_complete(self.model, self.plan)
+        if not self.plan.loss_parallel and not any(self.proofs.values()):
+            raise ValueError(
+                f"hf_tpsp found nothing in {type(self.model).__name__} that tensor parallelism can split: "
+                f"{'; '.join(self.plan.notes)}. Train it with FSDP alone."
+            )
+        return self.plan
+
+    def split_together(self) -> None:
+        """Blocks of one class in one place split all or none: they may hand each other their heads' keys and values."""
+        for name in (child for layer in self.layers() for child in self.children(layer)):
+            if self.call(name) is not None and not (is_norm(self.modules[name]) and self.is_local(name)):
+                self.proof(name, self.inside(name))
+        whole = {key[:2] for key, rules in self.proofs.items() if rules is None}
+        for key in self.proofs:
+            if key[:2] in whole:
+                self.proofs[key] = None
+        self.plan.notes += [f"{name} ({cls}) is not split" for name, cls in sorted(whole)]
+
+    def plan_layer(self, name: str, layer: nn.Module) -> None:
+        call = self.call(name)
+        along = call.meets() if call is not None else []
+        if self.plan.sequence_parallel:  # each of them, for those before it may be skipped
+            self.set(name, f"enter:{','.join(along)}" if along else "enter")
+        elif own_parameters(layer) or any(self.call(child) is None for child in self.children(name)):
+            self.set(name, "stream")
+
+    def children(self, name: str) -> Iterator[str]:
+        """The modules with parameters below `name` whose forward is called from there."""
+        for child_name, child in self.modules[name].named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if not has_parameters(child) or full not in self.modules:
+                continue
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                yield from self.children(full)
+            else:
+                yield full
+
+    def call(self, name: str) -> Call | None:
+        return self.twin.calls.get(self.twin_of(name))
+
+    def stream_reason(self) -> str | None:
+        """Why the stream cannot be sharded over the sequence, or None."""
+        head = self.model.get_output_embeddings()
+        if head is not None and not any(
+            self.modules.get(name) is head for above in self.above() for name in self.children(above)
+        ):
+            return "its head is part of a larger module"
+        stream = torch.Size((2, TOKENS, self.hidden))
+        for name in self.above():
+            if self.plain and own_parameters(self.modules[name]):
+                return f"{name or 'the model'} has parameters of its own, and computes before its layers"
+            call = self.twin.calls.get(name)
+            if call is not None and (found := call.beyond_pointwise()):
+                return f"{name or 'the model'} does more than add and scale between its layers ({found})"
+        for name in self.layers():
+            layer = self.call(name)
+            if layer is None or not layer.streams:
+                continue
+            if layer.streams[0].shape != stream:
+                return f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
+            if found := layer.beyond_pointwise():
+                return f"{wildcard(name)} does more than add and scale beside its blocks ({found})"
+            for child in self.children(name):
+                call = self.call(child)
+                if call is None:
+                    return f"{wildcard(child)} is used without being called"
+                if not call.is_sequence:
+                    return f"{wildcard(child)} is not given [batch, seq, hidden]"
+        return None
+
+    def above(self) -> list[str]:
+        """The modules that the layer lists are in, outermost first."""
+        parts = [stem.split(".")[:-1] for stem in self.lists]
+        return sorted({".".join(p[:i]) for p in parts for i in range(len(p) + 1)}, key=len)
+
+    def set(self, name: str, rule: str) -> None:
+        """One rule for all layers, if the others agree; else this layer's own."""
+        if self.plan.setdefault(wildcard(name), rule) != rule:
+            self.plan[name] = rule
+
+    def plan_child(self, name: str) -> None:
+        """A child of a decoder layer: a norm, or a block."""
+        block, call = self.modules[name], self.call(name)
+        if is_norm(block) and self.is_local(name):
+            self.note_branches(name)
+            return self.set(name, "norm")
+        native, rules = self.inside(name), None
+        if call is not None and (proven := self.proof(name, native)) is not None:
+            rules = with_sizes(proven, block, self.config)
+            if rules is not None:
+                self.note_branches(name)
+            else:
+                note = f"{wildcard(name)} ({type(block).__name__}) is not split: its heads do not divide over {self.config.tp_size} ranks"
+                self.plan.notes += [note] if note not in self.plan.notes else []
+        rules = rules or whole_layout(block, native, call)
+        if call is None:  # its parameters are read by whoever uses it
+            rules[""] = "copy"
+        for part, rule in rules.items():
+            self.set(f"{name}.{part}" if part else name, rule)
+
+    def proof(self, name: str, native: dict[str, str]) -> dict[str, str] | None:
+        """The first of the block's layouts whose ranks add up to it on the small copy, or None."""
+        key = self.kind(name, self.modules[name])
+        if key not in self.proofs:
+            twin = self.twin_of(name)
+            block = self.twin.modules[twin]
+            tries = layouts(block, native, self.calls_in(twin), self.hidden)
+            sized = ((rules, with_sizes(rules, block, TPSPConfig(tp_size=RANKS))) for rules in tries)
+            self.proofs[key] = next((rules for rules, sizes in sized if sizes and self.twin.adds_up(twin, sizes)), None)
+        return self.proofs[key]
+
+    def is_local(self, name: str) -> bool:
+        """Whether the norm `name` can run on a part of the sequence, as it must if the stream is sharded; proven on the copy."""
+        twin = self.twin_of(name)
+        if not self.plan.sequence_parallel or self.twin.calls.get(twin) is None:
+            return True
+        key = self.kind(name, self.modules[name])
+        if key not in self.local_norms:
+            self.local_norms[key] = self.twin.is_local(twin)
+            if not self.local_norms[key]:
+                self.note(
+                    f"{wildcard(name)} ({type(self.modules[name]).__name__}) is no norm of single positions, or writes into its "
+                    "input: it is given the whole sequence"
+                )
+        return self.local_norms[key]
+
+    def note(self, sentence: str) -> None:
+        if sentence not in self.plan.notes:
+            self.plan.notes.append(sentence)
+
+    def note_branches(self, name: str) -> None:
+        """Name the branches of the module `name` on sizes that the copy has not."""
+        for branch in uncovered(self.modules[name], self.twin.modules[self.twin_of(name)]):
+            self.note(f"the proof of {wildcard(name)} on a small copy does not cover {branch}")
+
+    def calls_in(self, twin: str) -> dict[str, Call]:
+        """How the modules in the block `twin` were called, by name inside it."""
+        prefix = f"{twin}."
+        return {
+            n.removeprefix(prefix) if n != twin else "": c
+            for n, c in self.twin.calls.items()
+            if n == twin or n.startswith(prefix)
+        }
+
+    def inside(self, name: str) -> dict[str, str]:
+        """transformers' rules for what is in the block `name`, by name inside it."""
+        block = self.modules[name]
+        names = [n for n, _ in itertools.chain(block.named_modules(), block.named_parameters())]
+        return {n: rule for n in names if (rule := self.native.get(wildcard(f"{name}.{n}" if n else name)))}
+
+    def plan_outside(self) -> None:
+        """What is beside the layers."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        names = {id(module): name for name, module in self.modules.items()}
+        others = []
+        for parent in self.above():
+            for name in self.children(parent):
+                module = self.modules[name]
+                if module is embedding or module is head or self.is_around_layers(name):
+                    continue
+                if is_norm(module) and self.is_last(name, parent) and self.is_local(name):
+                    self.plan[name] = "norm"
+                else:
+                    others.append(f"{name}.")
+                    for part, rule in whole_layout(module, {}, None).items():
+                        self.plan[f"{name}.{part}" if part else name] = rule
+            if own_parameters(self.modules[parent]):
+                self.plan[parent] = "stream"
+        if not self.twin.calls_loss_function:
+            self.plan.notes.append("no loss parallel: the model computes its cross entropy itself")
+        elif head is not None and names[id(head)].startswith(tuple(others)):
+            self.plan.notes.append(f"no loss parallel: the head {names[id(head)]} is part of a larger module")
+        elif head is not None:
+            self.plan[names[id(head)]] = "lazy_head" if self.config.loss == "chunked" else "head"
+            self.plan.loss_parallel, head = True, None
+        if embedding is not None and head is None and is_plain_embedding(embedding):
+            plain = self.plain and self.plan.sequence_parallel
+            self.plan[names[id(embedding)]] = "embedding:plain" if plain else "embedding"
+            embedding = None
+        for module in (head, embedding):  # what is left is whole: the two may be one
+            if module is not None:
+                name = names[id(module)]
+                for part, rule in whole_layout(module, {}, None).items():
+                    self.plan[f"{name}.{part}" if part else name] = rule
+
+    def is_around_layers(self, name: str) -> bool:
+        """Whether the module holds a list of layers, or is in one."""
+        return any(f"{stem}.".startswith(f"{name}.") or name.startswith(f"{stem}.") for stem in self.lists)
+
+    def is_last(self, name: str, parent: str) -> bool:
+        """Whether the module comes after the layers that are in `parent`."""
+        order = list(self.twin.calls)  # by the end of each call
+        stems = tuple(f"{stem}." for stem in self.lists if f"{stem}.".startswith(f"{parent}." if parent else ""))
+        return name in order and order.index(name) > max(
+            (i for i, n in enumerate(order) if n.startswith(stems)), default=len(order)
+        )
+
+
+def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:
+    """The plan of `model` under `config`: module name, with `*` for layer numbers → name in `styles.STYLES`.
+
+    A small random copy of the model is built from its config and run on the CPU, to prove the layouts.
+
+    Raises:
+        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; or
+            it has a module that the copy has not (each is named).
+    """
+    config.check_model(model.config)
+    return _Planner(model, config).make()

@@ -1,0 +1,51 @@
+"""The language of a plan: module names, wildcards, and the rules that stand beside them."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from .structure import own_parameters
+
+
+class Plan(dict[str, str]):
+    """Module (or parameter) name, with `*` for layer numbers → name in `styles.STYLES`, with arguments after a colon.
+
+    Attributes:
+        sequence_parallel: whether the stream is sharded over the sequence. loss_parallel: whether the logits are, over the
+            vocabulary.
+        notes: what is not as asked for, a sentence each.
+    """
+
+    def __init__(self, sequence_parallel: bool):
+        super().__init__()
+        self.sequence_parallel = sequence_parallel
+        self.loss_parallel = False
+        self.notes: list[str] = []
+
+
+def wildcard(name: str) -> str:
+    """`model.layers.3.mlp` → `model.layers.*.mlp`: one rule serves every layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def rule_for(name: str, plan: dict[str, str]) -> str | None:
+    """The style that `plan` gives the module or parameter `name`: its own rule, else its wildcard's."""
+    return plan.get(name) or plan.get(wildcard(name))
+
+
+def check_complete(model: nn.Module, plan: dict[str, str]) -> None:
+    """Raise `ValueError` naming every parameter whose module no rule covers, and the module that owns it."""
+    missing: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        if rule_for(module_name, plan) is not None:
+            continue
+        for name in own_parameters(module):
+            missing[wildcard(f"{module_name}.{name}" if module_name else name)] = type(module).__name__
+    if missing:
+        named = "; ".join(f"{name} (in a {owner})" for name, owner in missing.items())
+        raise ValueError(
+            f"No rule covers these parameters of {type(model).__name__}: {named}. hf_tpsp does not train a model with "
+            "a parameter whose layout it does not know; train it with FSDP alone."
+        )

@@ -1,0 +1,182 @@
+"""Apply a plan and FSDP2 to a model: on meta before its weights are read, or in memory."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .config import TPSPConfig
+from .forward import batch_check, options, outside, randomness
+from .forward.outputs import hand_out_whole
+from .plan.planner import plan_for
+from .state import (
+    Parallelized,
+    _gather_for_save,
+    _refuse_resize,
+    build_mesh,
+    cut_whole_tensors,
+    is_parallelized,
+    parallelized_model,
+)
+from .structure import decoder_layers, owners_of_layers
+from .styles.apply import _apply_plan, _check_sharded, _share_router_logits
+from .styles.gradients import ReplicatedGradients
+from .styles.recompute import selective_contexts
+from .upstream import dtensor, fsdp2, transformers
+from .witness.witness import Witness
+
+logger = logging.get_logger(__name__)
+
+
+def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
+    """Shard `model` over the mesh of `config`, in place: tensor, sequence and loss parallel, then FSDP2.
+
+    Call it on every rank before the optimizer is made. A model in memory takes rank 0's weights on all ranks; a model on
+    meta stays there, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does).
+
+    Returns:
+        The same model. Its parameters are DTensors on `(dp_shard, tp)`, its logits `LazyLogits`, sharded
+        over the vocabulary until somebody reads them, its loss a plain scalar.
+
+    Raises:
+        ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.
+    """
+    if is_parallelized(model):
+        raise ValueError("This model is already parallelized.")
+    from .integrations.peft.adapters import is_adapted, parallelize_adapted
+
+    if is_adapted(model):
+        return parallelize_adapted(model, config)
+    dtensor.quiet_redistribute()
+    dtensor.average_whole_parameters()
+    mesh = build_mesh(config)
+    if config.async_tp and mesh.device_type != "cuda":
+        raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
+    options.check_options(model)
+    plan = plan_for(model, config)
+    if PartialState().is_main_process:
+        for note in plan.notes:
+            logger.warning_once(f"hf_tpsp: {type(model).__name__}: {note}.")
+    config = replace(config, sequence_parallel=plan.sequence_parallel)
+    on_meta = any(p.is_meta for p in model.parameters())
+    if not on_meta:
+        _same_on_all_ranks(model, PartialState().device)
+
+    gradients = ReplicatedGradients(mesh["tp"])
+    gradients.keeps_terms = not config.compile
+    witness = Witness(model, plan, config)
+    _apply_plan(model, plan, gradients, config)
+    model.tie_weights()
+    _check_sharded(model)
+    _share_router_logits(model, config.tp_size)
+    spared = transformers.spare_grouped_mm(model, config.tp_size)
+    if spared and PartialState().is_main_process:
+        logger.warning_once(f"hf_tpsp: {type(model).__name__}: {spared}.")
+    name = type(model).__name__
+    _apply_fsdp(model, mesh, config)
+    gradients.calls = outside.Calls(model, mesh["tp"], config.sequence_parallel)
+    outside.install(model, decoder_layers(model), gradients.calls, config.compile)
+    transformers.keep_name(model, name)
+    fsdp2.index_sharded_parameters(model)
+    for module in model.modules():
+        if module._parameters:
+            module.register_load_state_dict_pre_hook(cut_whole_tensors)
+
+    # Placed on the instance, so a model that is not ours is never touched.
+    model._tpsp = Parallelized(config, mesh, plan, gradients)
+    model._tp_plan = plan
+    model.gather_sharded_state_dict_for_save = types.MethodType(_gather_for_save, model)
+    model.resize_token_embeddings = _refuse_resize
+    options.install(model)
+    if config.activation_checkpointing != "none":
+        selective = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
+        model.activation_checkpointing_enable({"use_reentrant": False, **selective})
+    if config.compile:
+        _compile(model, mesh["tp"], config)
+
+    from .forward.own_loss import patch_loss
+
+    hand_out_whole(owners_of_layers(model), gradients)
+    patch_loss(model, gradients.calls.gathered)
+    batch_check.install(model, mesh)
+    randomness.install(model, mesh["tp"])
+    witness.install(model, gradients)
+    return model
+
+
+def _same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
+    """Move every parameter and buffer to `device` with rank 0's values, as DDP does: slices of one model, not of many."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.to(device)
+            dist.broadcast(tensor.data, src=0)
+
+
+def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) -> None:
+    """FSDP2 on each decoder layer and on the root, which holds the embedding, the last norm and the head.
+
+    dp_shard_size=1 goes the same way: a mesh dim of size 1 has no traffic, and one path serves all meshes.
+    """
+    dp_mesh = mesh["dp_replicate", "dp_shard"] if config.dp_replicate_size > 1 else mesh["dp_shard"]
+
+    def placement(param: nn.Parameter) -> Shard | None:
+        # A packed weight may be strided over TP on its first dimension; FSDP takes the other one then.
+        return Shard(1) if any(isinstance(p, _StridedShard) and p.dim == 0 for p in param.placements) else None
+
+    layers = decoder_layers(model)
+    for index, layer in enumerate(layers):
+        last = index == len(layers) - 1
+        fully_shard(
+            layer,
+            mesh=dp_mesh,
+            reshard_after_forward=config.reshard_after_forward and not last,
+            shard_placement_fn=placement,
+        )
+    fully_shard(model, mesh=dp_mesh, reshard_after_forward=False, shard_placement_fn=placement)
+
+    if config.mixed_precision == "bf16":
+        fsdp2.set_mixed_precision(model, torch.bfloat16)
+
+
+def _compile(model: PreTrainedModel, tp_mesh: DeviceMesh, config: TPSPConfig) -> None:
+    """Compile each decoder layer, with FSDP2's hooks around it. Nothing is compiled before the first forward."""
+    if config.async_tp:  # untested on a GPU
+        import torch._inductor.config as inductor
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        enable_symm_mem_for_group(tp_mesh.get_group().group_name)
+        inductor._micro_pipeline_tp = True
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+def set_mixed_precision(model: nn.Module) -> None:
+    """Have a sharded model compute in what accelerate's mixed precision is, and train in fp32."""
+    bf16 = AcceleratorState().mixed_precision == "bf16"
+    if bf16:
+        keep_fp32_masters(model)
+    fsdp2.set_mixed_precision(parallelized_model(model), torch.bfloat16 if bf16 else None)
+
+
+def keep_fp32_masters(model: nn.Module) -> None:
+    """Cast what is trained to fp32: accelerate would cast only the outer dtype of a DTensor. Under adapters, the frozen
+    base stays as it is."""
+    parallelized_model(model)._tpsp.gradients.adapters_to(torch.float32)
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+        logger.info(
+            "hf_tpsp: bf16 training keeps fp32 master weights; the model is cast to fp32, and saved in fp32 (one process "
+            "would save it in the dtype it came in)."
+        )
+        model.float()

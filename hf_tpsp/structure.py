@@ -1,0 +1,94 @@
+"""What a model is made of: its layers, norms and linear layers, and how configs and modules spell sizes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def size_of(owner: object, name: str) -> int | None:
+    """A size that a config or a module names; None if it has none of this name, or not one for all layers."""
+    try:
+        size = getattr(owner, name, None)
+    except Exception:  # transformers raises for sizes that differ from layer to layer
+        return None
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
+
+
+def is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is `[in, out]`, as in transformers' Conv1D."""
+    return isinstance(module, Conv1D)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """`(in, out)` of a linear layer."""
+    return (module.nx, module.nf) if is_transposed(module) else (module.in_features, module.out_features)
+
+
+def own_parameters(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(recurse=False)]
+
+
+def has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """Name → module list, of the decoder layers. One, but for models that run several stacks.
+
+    Raises:
+        ValueError: the model has no list of layers.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else {id(m) for m in model.modules()}
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and id(module) in inside and has_parameters(module) and not nested:
+            lists[name] = module
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers that hf_tpsp could find. Train it with FSDP alone."
+        )
+    ruled = {rule.split(".*", 1)[0] for rule in (model.tp_plan or {}) if ".*" in rule}
+    if ruled & lists.keys():
+        return {name: layers for name, layers in lists.items() if name in ruled}
+    sizes = {name: sum(p.numel() for p in layers.parameters()) for name, layers in lists.items()}
+    kinds = {type(layer) for layer in lists[max(sizes, key=sizes.get)]}
+    return {name: layers for name, layers in lists.items() if type(layers[0]) in kinds}
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return list(itertools.chain.from_iterable(layer_lists(model).values()))
+
+
+def owners_of_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose forward calls the layers, or calls one that does: `model` and, mostly, `model.model`."""
+    parts = [stem.split(".")[:-1] for stem in layer_lists(model)]
+    names = sorted({".".join(p[:i]) for p in parts for i in range(len(p) + 1)}, key=len)
+    return [model.get_submodule(name) for name in names]
+
+
+def is_plain_embedding(module: nn.Module) -> bool:
+    """Whether a lookup is a sum over the ranks of lookups in a part of the vocabulary."""
+    return isinstance(module, nn.Embedding) and own_parameters(module) == ["weight"] and not any(module.children())
+
+
+def own(block: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of the attributes `names` that the block, or its config, has."""
+    owners = [block, getattr(block, "config", None)]
+    return next((size for owner in owners if owner is not None for n in names if (size := size_of(owner, n))), None)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    while isinstance(output, (tuple, list, dict)) and output:
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output if isinstance(output, Tensor) else None

@@ -1,0 +1,331 @@
+"""Token mixers and MLPs, from their entry to their exit, and what lies inside them beside linear layers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ..collectives import (
+    SEQUENCE,
+    OneShare,
+    _CopyToRegion,
+    _OwnTerm,
+    _ReduceFromRegion,
+    enter_region,
+    gather_whole,
+    scatter_sequence,
+    slice_sequence,
+)
+from ..config import TPSPConfig
+from ..forward import randomness
+from ..forward.outputs import LazyWhole, whole_heads
+from ..loss.logits import LazyLogits
+from ..structure import is_norm
+from . import recompute
+from .base import Style
+from .recompute import Region, regather
+from .stream import Norm
+
+
+def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """`x` with `function` applied to the tensors that it is, or that are in its lists, tuples and dicts, in order.
+
+    (A function inside another, calling itself, would keep what it has seen alive until Python collects its garbage.)
+    """
+    if isinstance(x, Tensor):
+        return function(x)
+    if type(x) in (list, tuple):
+        return type(x)([map_tensors(function, value) for value in x])
+    if type(x) is dict:
+        return {name: map_tensors(function, value) for name, value in x.items()}
+    return x
+
+
+class Replica(Norm):
+    """Parameters inside a split block that every rank has whole and uses for its term: q_norm, a router, MLA's compression.
+
+    Their gradients are terms of a sum. No collective on activations.
+    """
+
+    def is_partial(self, name):
+        return self.parameter_rules.get(name) in (None, "mean")
+
+    def run(self, module, inner, gradients, args, kwargs):
+        if is_norm(module):  # so that only its input is kept
+            return super().run(module, inner, gradients, args, kwargs)
+        return inner(*args, **kwargs)  # the block has made the parameters plain
+
+
+class Copy(Style):
+    """Parameters inside a block, or beside the layers, that every rank uses alike: each has their whole gradient."""
+
+
+class Activation(Style):
+    """An activation function inside a region. Its output is not kept for backward, but computed from its input again."""
+
+    def run(self, module, inner, gradients, args, kwargs):
+        if (region := Region.current) is None:
+            return inner(*args, **kwargs)
+        kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+        versions = [x._version for x in kept if isinstance(x, Tensor)]
+
+        def is_untouched() -> bool:
+            return versions == [x._version for x in kept if isinstance(x, Tensor)]
+
+        def make() -> Tensor:
+            if not is_untouched():
+                raise recompute.overwritten()
+            return inner(*kept, **kwargs)
+
+        out = inner(*args, **kwargs)
+        if is_untouched():  # and not an activation function that writes into its input
+            region.again(out, make)
+        return out
+
+
+class Block(Style):
+    """A token mixer or MLP, from its entry to its exit. Inside are plain tensors of the whole sequence.
+
+    Whatever arguments carry the stream, positional or keyword, are gathered; the first tensor of the output goes back to the
+    stream. Parameters inside that belong to no other style are plain tensors meanwhile, for whoever reads them.
+
+    Args:
+        variants: `heads` and `widths`: the module (and its config) see this rank's share of them, for a forward that reads
+            them; `residual`: a second stream that the module adds to its output is added once, not by each rank.
+    """
+
+    HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
+    KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+    WIDTHS = ("hidden_size", "embed_dim", "split_size", "d_model", "inner_dim", "all_head_size", "n_embd")
+
+    def __init__(self, config: TPSPConfig, *variants: str):
+        super().__init__(config)
+        self.variants = variants
+        self.inside: list[nn.Module] = []  # the modules whose parameters are made plain at the entry
+
+    def adjust(self, module, rank, size):
+        self.heads = next((n for name in self.HEADS if isinstance(n := getattr(self.of(module), name, None), int)), 0)
+        if "heads" in self.variants or "widths" in self.variants:
+            for part in module.modules():
+                self.share(part, size)
+        if "groups" in self.variants:  # a kv head serves several ranks
+            heads = next(n for n in self.HEADS if hasattr(self.of(module), n))
+            module.num_key_value_groups = max(1, getattr(self.of(module), heads) // size)
+
+    def share(self, part: nn.Module, size: int) -> None:
+        """Set the heads (and widths) that `part` and its config name to one rank's share."""
+        names = self.HEADS + self.KV_HEADS + (self.WIDTHS if "widths" in self.variants else ())
+        config = vars(part).get("config")
+        if config is not None:
+            config = part.config = copy.copy(config)
+        for owner in (part, config):
+            for name in names:
+                if owner is not None and isinstance(whole := vars(owner).get(name), int):
+                    setattr(owner, name, max(1, whole // size))
+
+    @staticmethod
+    def of(module: nn.Module):
+        """Who knows the number of heads."""
+        return module if any(hasattr(module, n) for n in Block.HEADS) else getattr(module, "config", None)
+
+    @contextlib.contextmanager
+    def local_parameters(self, module, gradients):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(super().local_parameters(module, gradients))
+            for part in self.inside:
+                stack.enter_context(part._tpsp_style.local_parameters(part, gradients))
+            yield
+
+    def map_streams(
+        self,
+        args: tuple,
+        kwargs: dict,
+        enter: Callable[[Tensor], Tensor],
+        size: int,
+        other: Callable[[Tensor], Tensor] = lambda x: x,
+        marked: bool = True,
+    ) -> tuple[tuple, dict, Tensor | None]:
+        """`args` and `kwargs` with the streams entered, wherever in them they are, and the first stream.
+
+        `marked`: a stream is a DTensor, if there is one. Otherwise it is the first floating tensor (one that is an argument
+        itself goes before one inside a list or dict), and what has its shape.
+        """
+        inside: list[Tensor] = []
+        map_tensors(inside.append, (args, kwargs))
+        itself = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        floating = [x for x in (*itself, *inside) if x.is_floating_point()]
+        sharded = [x for x in floating if isinstance(x, DTensor) and x.placements == (SEQUENCE,)] if marked else []
+        first = next(iter(sharded or floating), None)
+        found = 0
+
+        def is_stream(x: Tensor) -> bool:
+            if not x.is_floating_point():
+                return False
+            if not sharded or ("residual" in self.variants and not isinstance(x, DTensor)):
+                return x.shape == first.shape
+            return isinstance(x, DTensor) and x.placements == (SEQUENCE,)
+
+        def visit(x: Tensor) -> Tensor:
+            nonlocal found
+            if isinstance(x, LazyLogits):
+                return x
+            if isinstance(x, LazyWhole) and x.part is not None:  # of heads, from another block: this rank's
+                return x.part
+            if not is_stream(x):
+                return other(x)
+            found += 1
+            full = enter(x)
+            return full / size if found > 1 and "residual" in self.variants else full
+
+        return map_tensors(visit, args), map_tensors(visit, kwargs), first
+
+    def exit(self, output: Any, stream: Tensor | None, mesh: DeviceMesh) -> Any:
+        """The first tensor of what the module returned, back in the stream that it was given, `[batch, seq, …]`; plain and
+        whole if that was (a script that calls the block itself). A term of a sum never leaves the block as if it were the sum.
+        """
+        if not isinstance(output, Tensor):
+            if isinstance(output, dict):
+                first, *rest = output
+                beside = {name: self.exit_beside(output[name], mesh) for name in rest}
+                return type(output)(**{first: self.exit(output[first], stream, mesh), **beside})
+            first, *rest = output
+            return type(output)((self.exit(first, stream, mesh), *(self.exit_beside(x, mesh) for x in rest)))
+        if stream is not None and output.shape[:2] != stream.shape[:2]:  # [batch * seq, …]
+            output = output.view(*stream.shape[:2], *output.shape[1:])
+        return self.leave_region(output, mesh) if isinstance(stream, DTensor) else self.leave_whole(output, mesh)
+
+    def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        """What a rank computed, back in the sharded stream."""
+        return scatter_sequence(partial, mesh)
+
+    def leave_whole(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        """What a rank computed, as the plain whole tensor."""
+        return _ReduceFromRegion.apply(partial, mesh)
+
+    def write_back(self, entered: list[tuple[Tensor, Tensor, int]], mesh: DeviceMesh) -> None:
+        """If the block wrote into what it was given, have its caller see it, as in one process.
+
+        Args:
+            entered: `(stream, what the block was given for it, the version of that)` each.
+        """
+        if torch.compiler.is_compiling():
+            return
+        for stream, full, version in entered:
+            if full._version == version or full is stream:
+                continue
+            written = self.written(full, mesh, isinstance(stream, DTensor))
+            if not torch.is_grad_enabled() or not stream.requires_grad:
+                written = written.detach()
+            # A plain stream is the block's own memory: nothing is written now, and what autograd saved of it holds.
+            shared = (
+                contextlib.nullcontext() if isinstance(stream, DTensor) else _unsafe_preserve_version_counter(stream)
+            )
+            with shared:
+                stream.copy_(written)
+
+    def written(self, full: Tensor, mesh: DeviceMesh, is_sharded: bool) -> Tensor:
+        """What the caller sees of the stream `full`, into which every rank has written alike."""
+        return _OwnTerm.apply(full, mesh) if is_sharded else OneShare.apply(full, mesh.size())
+
+    def exit_beside(self, x: Any, mesh: DeviceMesh) -> Any:
+        """What a module returns beside its output (a router's logits, attention weights)."""
+        return x
+
+
+class Gather(Block):
+    """A block that is split: each rank computes one term of the sum that is its output.
+
+    Forward: all-gather, reduce-scatter. Backward: all-gather, reduce-scatter, and with `regather_inputs` the all-gather of
+    the input once more, for the weights' gradients. (Without SP: all-reduce, all-reduce.)
+    """
+
+    def __init__(self, config: TPSPConfig, *variants: str):
+        super().__init__(config, *variants)
+        self.forward_collective = "all-gather, reduce-scatter" if config.sequence_parallel else "all-reduce"
+        self.backward_collective = self.forward_collective
+        if self.regather_inputs:
+            self.backward_collective = "2 all-gathers, reduce-scatter"
+
+    def is_partial(self, name):
+        return name not in self.parameter_rules
+
+    def run(self, module, inner, gradients, args, kwargs):
+        mesh = gradients.mesh
+
+        def other(x: Tensor) -> Tensor:  # each rank's gradient of what all ranks hold is a term of the sum
+            return _CopyToRegion.apply(x, mesh) if x.is_floating_point() and x.requires_grad else x
+
+        entered: list[tuple[Tensor, Tensor, int]] = []
+        with self.local_parameters(module, gradients), contextlib.ExitStack() as stack:
+            region = stack.enter_context(Region()) if self.regather_inputs and recompute.is_active() else None
+
+            def enter(x: Tensor) -> Tensor:
+                full = enter_region(x, mesh)
+                if not torch.compiler.is_compiling():
+                    entered.append((x, full, full._version))
+                if region is not None and isinstance(x, DTensor):
+                    region.again(full, regather(x, mesh))
+                return full
+
+            args, kwargs, stream = self.map_streams(args, kwargs, enter, mesh.size(), other)
+            with randomness.inside_block(module, None if stream is None else stream.shape, mesh):
+                output = inner(*args, **kwargs)
+        self.write_back(entered, mesh)
+        return self.exit(output, stream, mesh)
+
+    def exit_beside(self, x, mesh):
+        if not isinstance(x, Tensor):
+            return x
+        if x.dim() == 4 and x.shape[1] * mesh.size() == self.heads:  # attention weights, of this rank's heads
+            if (
+                torch.compiler.is_compiling()
+            ):  # which knows DTensor; whoever is outside the model gets the whole of it too
+                return DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
+            return whole_heads(x, mesh)
+        if not x.requires_grad:
+            return x
+        x = OneShare.apply(x, mesh.size())
+        x._tpsp_shared = True
+        return x
+
+
+class Whole(Block):
+    """A block that every rank computes whole: one whose output is no sum over the ranks, as far as hf_tpsp can prove.
+
+    Forward: all-gather. Backward: all-gather. (Without SP: none.) A plain input stays plain.
+    """
+
+    def __init__(self, config: TPSPConfig, *variants: str):
+        super().__init__(config, *variants)
+        self.forward_collective = self.backward_collective = "all-gather" if config.sequence_parallel else "-"
+
+    def run(self, module, inner, gradients, args, kwargs):
+        entered: list[tuple[Tensor, Tensor, int]] = []
+
+        def enter(x: Tensor) -> Tensor:
+            if not isinstance(x, DTensor):
+                return x
+            full = gather_whole(x)
+            if not torch.compiler.is_compiling():
+                entered.append((x, full, full._version))
+            return full
+
+        with self.local_parameters(module, gradients):
+            args, kwargs, stream = self.map_streams(args, kwargs, enter, gradients.mesh.size())
+            output = inner(*args, **kwargs)
+        self.write_back(entered, gradients.mesh)
+        return self.exit(output, stream, gradients.mesh) if isinstance(stream, DTensor) else output
+
+    def leave_region(self, whole, mesh):
+        return slice_sequence(whole, mesh)
+
+    def written(self, full, mesh, is_sharded):
+        return slice_sequence(full, mesh)

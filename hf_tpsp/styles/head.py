@@ -1,0 +1,55 @@
+"""The language-model head, whose logits stay sharded over the vocabulary."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..collectives import enter_region, sharded_features
+from ..config import TPSPConfig
+from ..loss.logits import LazyLogits
+from .base import Style
+
+
+class Head(Style):
+    """The language-model head: logits `[batch, seq, vocab]` stay sharded over the vocabulary. Weight and bias Shard(0).
+
+    It runs when its logits are read (`LazyLogits`), by the loss as a rule.
+    Forward: all-gather (of the hidden states). Backward: reduce-scatter. (Without SP: none, all-reduce.)
+    """
+
+    is_chunked = False
+
+    def __init__(self, config: TPSPConfig):
+        super().__init__(config)
+        self.forward_collective = "all-gather" if config.sequence_parallel else "-"
+        self.backward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
+
+    def placement(self, module, name, param):
+        return Shard(0)
+
+    def run(self, module, inner, gradients, args, kwargs):
+        (hidden,) = args
+        gradients.arm_with(hidden)
+        if not isinstance(hidden, DTensor):  # without SP the stream is plain
+            hidden = DTensor.from_local(hidden, gradients.mesh, [Replicate()], run_check=False)
+
+        def parameters() -> tuple[Tensor, Tensor | None]:
+            own = module._parameters
+            return tuple(
+                None if own[n] is None else self.local_value(module, n, own[n], gradients) for n in ("weight", "bias")
+            )
+
+        def run(hidden: DTensor) -> DTensor:
+            local = hidden if self.sequence_parallel else hidden.to_local(grad_placements=hidden.placements)
+            with self.local_parameters(module, gradients):
+                logits = inner(enter_region(local, gradients.mesh))
+            return sharded_features(logits, module.out_features, gradients.mesh)
+
+        return LazyLogits(hidden, module, run, parameters if self.is_chunked else None)
+
+
+class LazyHead(Head):
+    """A head that runs together with the loss, in chunks of tokens."""
+
+    is_chunked = True

@@ -1,0 +1,188 @@
+"""What is not kept for backward, because it is cheap to make again.
+
+Three things in a layer are as large as a matrix product's output, but cost one collective or a few elementwise passes:
+
+* the gathered input of a block. Its sequence shard is kept instead, and gathered once more when the first of the
+  projections needs it (q/k/v, or gate/up, share that one gather);
+* the output of an activation function, whose input is kept anyway;
+* the intermediates of a norm, whose input is the residual stream.
+
+With these, a layer keeps what Megatron's does under TP + SP: `(6 h + 2 kv + 3 f) / tp` elements per token
+(`recipes/benchmark.py`). `selective` checkpointing goes further: it keeps the layer's input and the results of matrix
+products, attention and reduce-scatters, and runs all else again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from ..collectives import all_gather_sequence
+from ..upstream import autograd
+
+
+def overwritten() -> RuntimeError:
+    """What autograd, in these words, would have raised had it kept the tensor."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: a module wrote "
+        "into a tensor after it, or another, had computed with it."
+    )
+
+
+class _Again:
+    """Stands for a tensor in the autograd graph: makes it when the first of those who saved it needs it, and lets go of
+    it after the last."""
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self.make = make
+        self.saved = self.pending = 0
+        self.value: Tensor | None = None
+        self.is_overwritten = False
+
+    def get(self) -> Tensor:
+        if self.is_overwritten:
+            raise overwritten()
+        if self.value is None:
+            with torch.no_grad():
+                self.value, self.pending = self.make(), self.saved
+        value, self.pending = self.value, self.pending - 1
+        if self.pending == 0:
+            self.value = None
+        return value
+
+
+class Region(saved_tensors_hooks):
+    """A block's forward, in which autograd does not save the tensors that were noted with `again`."""
+
+    current: Region | None = None
+
+    def __init__(self):
+        # By storage, which lives as long as this does; with the tensor's version, which an in-place operation raises.
+        self._known: dict[int, tuple[_Again, Tensor, int]] = {}
+        super().__init__(self._pack, self._unpack)
+
+    def again(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        """Do not save `tensor` or a view of it; `make()` gives it again, bitwise, in backward. Once the block has written into
+        it, it is saved after all."""
+        self._known[tensor.untyped_storage()._cdata] = (_Again(make), tensor, tensor._version)
+
+    def _pack(self, tensor: Tensor):
+        known = None if isinstance(tensor, DTensor) else self._known.get(tensor.untyped_storage()._cdata)
+        if known is None or known[1]._version != known[2]:
+            return tensor
+        known[0].saved += 1
+        return known[0], tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    @staticmethod
+    def _unpack(packed) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        again, shape, stride, offset = packed
+        return again.get().as_strided(shape, stride, offset)
+
+    def __enter__(self) -> Region:
+        super().__enter__()
+        self._outer, Region.current = Region.current, self
+        return self
+
+    def __exit__(self, *exc) -> None:
+        Region.current = self._outer
+        for again, tensor, version in self._known.values():
+            again.is_overwritten = tensor._version != version
+        self._known.clear()
+        super().__exit__(*exc)
+
+
+def is_active() -> bool:
+    """Whether tensors can be left out here: a graph is being recorded, and nobody else decides what it keeps
+    (activation checkpointing, offloading, `torch.compile`)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not autograd.saved_tensors_are_hooked()
+
+
+class Recomputed(torch.autograd.Function):
+    """`run(x, *parameters)`, of which only the arguments are kept; backward runs it again with gradients."""
+
+    @staticmethod
+    def forward(ctx, run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+        ctx.save_for_backward(x, *parameters)
+        version = x._version
+        out = run(x, *parameters)
+        if x._version != version:
+            raise RuntimeError(
+                "a norm wrote into its input, which hf_tpsp keeps to compute the norm again in backward. Set "
+                "TPSPConfig(regather_inputs=False)."
+            )
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        needed = ctx.needs_input_grad[1:]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+        dtype, device = ctx.autocast or None, grad.device.type
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
+            out = ctx.run(*inputs)
+        found = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
+        return None, *(next(found) if need else None for need in needed)
+
+
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,  # a reduce-scatter on gloo
+}
+"""Results that `selective` checkpointing keeps, but for those of `partial_product`."""
+
+
+_partial_product = contextvars.ContextVar("_partial_product", default=False)
+
+
+@contextlib.contextmanager
+def partial_product() -> Iterator[None]:
+    """While inside, matrix products are terms of a sum over the ranks: `tp` times as large as the sum, which is kept."""
+    if torch.compiler.is_compiling():  # nothing is checkpointed then
+        yield
+        return
+    token = _partial_product.set(True)
+    try:
+        yield
+    finally:
+        _partial_product.reset(token)
+
+
+def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+    keep = op in KEPT and not _partial_product.get()
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+selective_contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+"""`context_fn` of `torch.utils.checkpoint.checkpoint` for selective checkpointing."""
+
+
+def regather(x: DTensor, mesh: DeviceMesh) -> Callable[[], Tensor]:
+    """How to make `enter_region(x)` again. Holds this rank's part of it only."""
+    shard, length = x._local_tensor, x.shape[1]
+    version = shard._version
+
+    def make() -> Tensor:
+        if shard._version != version:
+            raise overwritten()
+        return all_gather_sequence(shard, length, mesh)
+
+    return make

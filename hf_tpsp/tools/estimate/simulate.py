@@ -1,0 +1,212 @@
+"""One rank's training step, recorded: what it holds, moment by moment, what it sends, what it computes.
+
+`record_step` records a real rank or a simulated one alike. `simulate_step` does the latter, with no device, no weights and
+no other ranks: the model is built and sharded on meta, by the same `parallelize`, in a fake process group, and the step runs
+on fake tensors, which have shapes and no values.
+
+A model of 80 layers is not run whole. Its layers repeat in a pattern (of one, or of two where sliding and full attention
+alternate), so two shallow models, one pattern apart, are recorded and the difference is put in as often as the depth asks
+for. The step is cut into segments at the borders of the layers, for what happens *inside* the layers repeats, and
+what is live around them adds up: the peak is looked for afterwards, in the step of full depth, wherever it then lies.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ...collectives import stream_spec
+from ...config import TPSPConfig
+from ...sharding import keep_fp32_masters, parallelize
+from ...structure import decoder_layers
+from ...upstream.fsdp2 import unsharded_numels
+from ...upstream.patching import replace
+from .depth import deepen, depths, layer_kinds, shortened
+from .floors import Traffic, check_floor, collective_floor, fsdp_floor
+from .recorders import local_part
+from .step import Step, record_step
+
+
+def fused_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Causal attention `[batch, heads, seq, head_dim]` without scores or a mask. transformers builds the mask, seq² large,
+    when tensors are fake; with real ones it leaves it out, as here."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("fused", fused_attention)
+AttentionMaskInterface.register("fused", lambda *args, **kwargs: None)
+
+
+# Not SGD's fused form: torch 2.13 (optim/sgd.py, `_fused_sgd`) runs it on real tensors of the global shapes when DTensors
+# are fake. Use it when it has a meta kernel.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),  # the Trainer's default
+    "sgd": functools.partial(torch.optim.SGD, foreach=False),
+    "sgd_momentum": functools.partial(torch.optim.SGD, momentum=0.9, foreach=False),
+}
+
+
+DTYPES = ("bf16", "fp32", "pure_bf16")
+
+
+ATTENTION = ("fused", "eager")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, beside the mesh.
+
+    Args:
+        batch: rows of one rank's micro-batch (of one TP group's, that is).
+        seq: tokens of a row.
+        dtype: "bf16", computing in bf16 with fp32 master weights and reduction; "fp32"; or "pure_bf16", all in bf16.
+        optim: a key of `OPTIMIZERS`.
+        lora: rank of LoRA adapters on every linear layer of the decoder layers, over a frozen base in the dtype that is
+            computed in; None to train all weights.
+        attention: "fused", without scores; or "eager", transformers' own, which keeps them.
+    """
+
+    seq: int
+    batch: int = 1
+    dtype: str = "bf16"
+    optim: str = "adamw"
+    lora: int | None = None
+    attention: str = "fused"
+
+    def __post_init__(self):
+        for name in ("seq", "batch", "lora"):
+            value = getattr(self, name)
+            if not (value is None and name == "lora") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        for name, allowed in (("dtype", DTYPES), ("optim", tuple(OPTIMIZERS)), ("attention", ATTENTION)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+
+@contextmanager
+def simulated_world(size: int, backend: str = "nccl") -> Iterator[None]:
+    """Be rank 0 of `size` ranks that do not exist, which send as those of `backend` do.
+
+    Raises:
+        ValueError: this process is a rank of a real world.
+    """
+    if dist.is_initialized():
+        raise ValueError("A world is simulated in a process of its own; this one has started a process group already.")
+    state, variable = dict(PartialState._shared_state), os.environ.get("ACCELERATE_USE_CPU")
+    PartialState._shared_state.clear()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    restore = replace((dist, "get_backend", lambda original: lambda group=None: backend))
+    try:
+        yield
+    finally:
+        restore()
+        dist.destroy_process_group()
+        stream_spec.cache_clear()  # both know meshes by their shape, and would hand out those whose groups are gone
+        _clear_sharding_prop_cache()  # delete when torch compares meshes by their groups too (2.13 does not)
+        PartialState._shared_state.clear()
+        PartialState._shared_state.update(state)
+        if variable is None:
+            del os.environ["ACCELERATE_USE_CPU"]
+        else:
+            os.environ["ACCELERATE_USE_CPU"] = variable
+
+
+def build_on_meta(config: PreTrainedConfig, job: Job) -> PreTrainedModel:
+    """The model as a script would load it, without weights. Raises `ValueError` if it is no causal language model."""
+    low = job.dtype == "pure_bf16" or (job.dtype == "bf16" and job.lora)
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16 if low else torch.float32, attn_implementation=job.attention
+            )
+    except ValueError as error:
+        raise ValueError(
+            f"{config.model_type} is not a causal language model that transformers can build: {error}"
+        ) from error
+    return model.train()
+
+
+def simulate_step(config: PreTrainedConfig, choices: TPSPConfig, job: Job) -> Step:
+    """A step of rank 0 of the simulated world. The model is run whole.
+
+    Raises:
+        ValueError: the mesh does not fit the world or the model, or hf_tpsp does not support the model.
+    """
+    model = build_on_meta(config, job)
+    if job.lora:
+        from peft import LoraConfig, get_peft_model
+
+        with torch.device("meta"):
+            model = get_peft_model(model, LoraConfig(r=job.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
+    parallelize(model, choices)
+    if choices.mixed_precision == "bf16":
+        keep_fp32_masters(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = OPTIMIZERS[job.optim](trained, lr=1e-3)
+        for parameter in trained:  # a step of zeros: its state is there before the step that counts
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        ids = torch.zeros(job.batch, job.seq, dtype=torch.long)
+        step = record_step(model, optimizer, {"input_ids": ids, "labels": ids.clone()})
+    return dataclasses.replace(step, floor=_floor(model, choices, job))
+
+
+def _floor(model: nn.Module, choices: TPSPConfig, job: Job) -> dict[tuple[str, str], Traffic]:
+    if job.lora or not choices.sequence_parallel:
+        return {}
+    master = next(model.parameters()).dtype.itemsize
+    computed = 2 if choices.mixed_precision == "bf16" else master
+    sums = model._tpsp.gradients.summed()
+    replicated = sum(local_part(p).numel() for p in sums) * master
+    tp = collective_floor(model.config, job.batch * job.seq, choices, computed, replicated)
+    if choices.tp_size == 1:
+        tp = {}
+    layers = decoder_layers(model)
+    units = [sum(unsharded_numels(layer)) for layer in layers]
+    units.append(sum(unsharded_numels(model)) - sum(units))
+    floor = {("tp", kind): found for kind, found in tp.items()}
+    floor |= fsdp_floor(units, choices, computed, max(master, computed))
+    for key, traffic in check_floor(choices).items():
+        floor[key] = floor.get(key, Traffic()) + traffic
+    return floor
+
+
+def simulate(config: PreTrainedConfig, choices: TPSPConfig, job: Job, kinds: list | None = None) -> Step:
+    """A step of rank 0 of the simulated world, at the depth of `config`, from shallow models where the layers repeat.
+
+    Args:
+        kinds: `layer_kinds` of the model, if they are known.
+    """
+    kinds = kinds or layer_kinds(build_on_meta(config, job))
+    if (found := depths(kinds)) is None:
+        return simulate_step(config, choices, job)
+    shallow, deep = (simulate_step(shortened(config, n), choices, job) for n in found)
+    return deepen(shallow, deep, len(kinds))

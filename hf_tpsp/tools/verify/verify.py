@@ -1,0 +1,224 @@
+"""Parity of an architecture with one process, shown on a small copy: loss, every gradient, and the weights after two steps.
+
+`verify` starts gloo ranks on this machine, builds the copy (`shrink.py`) on each, parallelizes one of two, and trains both. It
+says of an architecture that its layouts are right; what depends on the model's own sizes (heads, kv heads, packed widths), the plan
+checks on the model itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
+
+from ...config import TPSPConfig
+from ...plan.shrink import shrunk_model
+from ...structure import decoder_layers
+from ...styles.stream import Enter
+from ..ranks import RankPool
+from .comparison import KeepFp64, set_training, train_beside
+
+LIMITS = {"float32": 1e-5, "float64": 1e-6}
+"""Largest relative error of loss and gradients. In fp64, transformers' own casts to fp32 are lifted (`KeepFp64`)."""
+
+
+COMPLETED: dict[str, dict[str, Any]] = {
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoe_swa": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8,
+                       "indexer_compress_ratio": 4},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+}  # fmt: skip
+"""Model type → what transformers' default config leaves out, or has only one kind of layer of."""
+
+
+WEIGHTS_LIMIT = 1e-4
+
+
+STEPS = 2
+
+
+@dataclass
+class Result:
+    """What `verify` found for one architecture on one mesh.
+
+    Attributes:
+        loss, gradient, weights: the largest relative errors; `parameter`: where the gradient's is.
+        sequence_parallel, loss_parallel: whether the stream was sharded over the sequence, and the logits over the vocabulary.
+            notes: why not, and what is not split.
+        collectives: of a decoder layer, the one that has most, forward and backward, by kind, as its styles state them.
+        error: why there are no figures.
+    """
+
+    model_type: str
+    dp_size: int
+    tp_size: int
+    length: int
+    vocabulary: int
+    dtype: str
+    loss: float = 0.0
+    gradient: float = 0.0
+    weights: float = 0.0
+    parameter: str = ""
+    sequence_parallel: bool = True
+    loss_parallel: bool = True
+    notes: list[str] = field(default_factory=list)
+    collectives: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.dtype]
+
+    @property
+    def weights_limit(self) -> float:
+        return WEIGHTS_LIMIT
+
+    @property
+    def is_equal(self) -> bool:
+        errors = (self.loss, self.limit), (self.gradient, self.limit), (self.weights, self.weights_limit)
+        return not self.error and all(error <= limit for error, limit in errors)  # NaN is no error that is small
+
+
+def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int) -> dict[str, Any]:
+    """Train the model that `build` makes, and the same parallelized, on every rank. Returns fields of a `Result`."""
+    from ...sharding import parallelize
+
+    reference, model = build(), build()
+    if dist.get_rank() > 0:  # parallelize must take rank 0's
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+    parallelize(model, config)
+    set_training(reference, model)
+    mesh, plan = model._tpsp.mesh, model._tpsp.plan
+    vocabulary = reference.get_input_embeddings().num_embeddings
+    ids = torch.randint(3, vocabulary, (2 * config.dp_size, length), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : length // 4] = -100
+    items = (labels[:, 1:] != -100).sum()
+    with torch.no_grad():  # a model that computes its loss itself takes the mean, whatever number it is given
+        sums = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
+        sums = not torch.equal(sums, reference(input_ids=ids, labels=labels, num_items_in_batch=2 * items).loss)
+    steps = [[{"input_ids": ids, "labels": labels}]] * STEPS
+    errors = train_beside(reference, model, steps, config, mesh, sums=sums, rounding=True)
+    collectives = max((collectives_of(layer) for layer in decoder_layers(model)), key=lambda c: sum(c.values()))
+    return {
+        "loss": errors.loss,
+        "gradient": errors.gradient,
+        "weights": errors.weight,
+        "parameter": errors.parameter,
+        "collectives": collectives,
+        "sequence_parallel": plan.sequence_parallel,
+        "loss_parallel": plan.loss_parallel,
+        "notes": plan.notes,
+    }
+
+
+def collectives_of(layer: nn.Module) -> dict[str, int]:
+    """The collectives on the activations of a parallelized decoder layer, forward and backward."""
+    found: Counter[str] = Counter()
+    for module in layer.modules():
+        style = vars(module).get("_tpsp_style")
+        if style is None or isinstance(style, Enter):
+            continue
+        for count, kind in re.findall(
+            r"(\d*) ?(all-gather|reduce-scatter|all-reduce)", f"{style.forward_collective}, {style.backward_collective}"
+        ):
+            found[kind] += int(count or 1)
+    return dict(found)
+
+
+def build(source: str, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any]) -> PreTrainedModel:
+    """The small copy of a model type, or of what is in a checkpoint folder (its own code included)."""
+    config, cls = read(source)
+    text = config.get_text_config(decoder=True)
+    for name, value in settings.items():
+        if hasattr(text, name):
+            setattr(text, name, value)
+    with torch.random.fork_rng(devices=[]):
+        return shrunk_model(config, cls, dtype=dtype, vocabulary=vocabulary)
+
+
+def read(source: str) -> tuple[PreTrainedConfig, type | None]:
+    """Config and class of a model type of transformers, or of a folder, whose own code is trusted."""
+    if source in CONFIG_MAPPING:
+        return CONFIG_MAPPING[source](**COMPLETED.get(source, {})), None
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    return config, get_class_from_dynamic_module(code, source) if code else None
+
+
+def check_known(source: str) -> None:
+    """Raise `ValueError` unless `source` is a model type of transformers or a path."""
+    if source not in CONFIG_MAPPING and not os.path.exists(source):
+        close = difflib.get_close_matches(source, CONFIG_MAPPING, 3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"{source!r} is neither a model type of transformers nor a folder.{hint}")
+
+
+def _on_rank(
+    source: str, config: TPSPConfig, length: int, vocabulary: int, dtype: str, settings: dict
+) -> dict[str, Any]:
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    torch_dtype = getattr(torch, dtype)
+    with KeepFp64() if torch_dtype == torch.float64 else contextlib.nullcontext():
+        try:
+            return compare(lambda: build(source, torch_dtype, vocabulary, settings), config, length)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+            return {"error": text.replace("\n", " ")[:600]}
+
+
+def verify(
+    source: str,
+    config: TPSPConfig,
+    *,
+    length: int = 17,
+    vocabulary: int = 131,
+    dtype: str = "float32",
+    settings: dict[str, Any] | None = None,
+    pool: RankPool | None = None,
+    timeout: float = 120,
+) -> Result:
+    """Compare a small copy of an architecture under `config` with one process, on gloo ranks that are started here.
+
+    Args:
+        source: a model type of transformers (`"qwen3"`), or a checkpoint folder, whose own code is run.
+        length: tokens of each of two rows for each data-parallel rank. vocabulary: of the copy. dtype: float32 or float64.
+        settings: further fields of the copy's config.
+        pool: ranks that are running already.
+
+    Returns:
+        The largest errors, or why there are none. Nothing raises but an unknown `source`.
+    """
+    check_known(source)
+    result = Result(source, config.dp_size, config.tp_size, length, vocabulary, dtype)
+    own = pool or RankPool()
+    try:
+        found = own.run(
+            config.world_size, _on_rank, source, config, length, vocabulary, dtype, settings or {}, timeout=timeout
+        )[0]
+    except RuntimeError as error:
+        return replace(result, error=str(error).strip().splitlines()[-1][:300])
+    finally:
+        if pool is None:
+            own.stop()
+    return replace(result, **found)

@@ -1,0 +1,147 @@
+"""DTensor (torch): its checkpoints, its warnings, its gradients of a whole parameter, its loss."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parallel
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from ..collectives import chunk_of
+
+# A packed weight (gate and up in one) is dealt to the TP ranks in strides: each has a piece of every part. torch 2.13 (tensor/_api.py)
+# takes what a rank has for one piece, so that the ranks' pieces overlap and `torch.distributed.checkpoint` refuses to save them.
+# Delete the four functions below when it writes each piece by itself.
+
+
+def _pieces(tensor: DTensor) -> list[tuple[ChunkStorageMetadata, int, int, int]] | None:
+    """Of a tensor that is dealt in strides: each piece, and where it is in the local tensor (dimension, start, length)."""
+    strided = [(i, p) for i, p in enumerate(tensor.placements) if isinstance(p, _StridedShard)]
+    if len(strided) != 1:
+        return None
+    at, placement = strided[0]
+    if any(p.is_shard(placement.dim) for i, p in enumerate(tensor.placements) if i != at):
+        return None  # FSDP2's own, on the dimension that TP shards: one piece
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    rank, size = tensor.device_mesh.get_local_rank(at), tensor.device_mesh.size(at)
+    found, start = [], 0
+    for part in torch.arange(tensor.shape[placement.dim]).chunk(placement.split_factor):
+        own = chunk_of(part, 0, rank, size)
+        if length := len(own):
+            where = [torch.Size((*x[: placement.dim], n, *x[placement.dim + 1 :]))
+                     for x, n in ((offsets, int(own[0])), (sizes, length))]  # fmt: skip
+            found.append((ChunkStorageMetadata(*where), placement.dim, start, length))
+        start += length
+    return found
+
+
+def _patch_write_items(original):
+    @functools.wraps(original)
+    def __create_write_items__(self, fqn, object):
+        if (pieces := _pieces(self)) is None:
+            return original(self, fqn, object)
+        properties = TensorProperties.create_from_tensor(self._local_tensor)
+        return [
+            WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, self.size()))
+            for chunk, *_ in pieces
+        ]  # fmt: skip
+
+    return __create_write_items__
+
+
+def _patch_chunk_list(original):
+    @functools.wraps(original)
+    def __create_chunk_list__(self):
+        pieces = _pieces(self)
+        return original(self) if pieces is None else [chunk for chunk, *_ in pieces]
+
+    return __create_chunk_list__
+
+
+def _patch_tensor_shard(original):
+    @functools.wraps(original)
+    def __get_tensor_shard__(self, index):
+        for chunk, dim, start, length in _pieces(self) or ():
+            if chunk.offsets == index.offset:
+                return original(self, index).narrow(dim, start, length)
+        return original(self, index)
+
+    return __get_tensor_shard__
+
+
+class _NotSequential(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "sequential" not in record.getMessage()
+
+
+def quiet_redistribute() -> None:
+    """torch 2.13 (tensor/_redistribute.py) warns on every rank that gathering a parameter which TP and FSDP shard on one
+    dimension takes two collectives. That is FSDP2's own layout, and it is gathered at saves only. Delete when FSDP2's
+    layout does not set the warning off."""
+    logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_QUIET)
+
+
+_QUIET = _NotSequential()
+
+
+class _WholeParameter(torch.autograd.Function):
+    """Sharded parameter → the whole one, on every rank. Backward: the mean over data parallelism, as FSDP2 takes it of all other
+    gradients of this parameter; the ranks of a TP group, which have one batch, compute it alike."""
+
+    @staticmethod
+    def forward(ctx, param: DTensor) -> torch.Tensor:
+        ctx.spec = param._spec
+        return _full_tensor(param.detach())
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        mesh, grad = ctx.spec.mesh, grad.clone(memory_format=torch.contiguous_format)
+        for dim in mesh.mesh_dim_names[:-1]:
+            dist.all_reduce(grad, group=mesh.get_group(dim))
+            grad /= mesh[dim].size()
+        return distribute_tensor(grad, mesh, ctx.spec.placements, src_data_rank=None)
+
+
+_full_tensor = DTensor.full_tensor
+
+
+def average_whole_parameters() -> None:
+    """torch 2.13 (tensor/_api.py, `full_tensor`) takes it that all ranks compute the same from a whole parameter, those of data
+    parallelism too: of a gradient, each would keep its own part of its own. Delete when FSDP2's parameters average there."""
+
+    @functools.wraps(_full_tensor)
+    def full_tensor(self, *, grad_placements=None):
+        names = self.device_mesh.mesh_dim_names or ()
+        is_ours = self.is_leaf and self.requires_grad and len(names) > 1 and names[-1] == "tp"
+        if is_ours and torch.is_grad_enabled() and grad_placements is None:
+            return _WholeParameter.apply(self)
+        return _full_tensor(self, grad_placements=grad_placements)
+
+    DTensor.full_tensor = full_tensor
+
+
+@contextlib.contextmanager
+def _loss_parallel() -> Iterator[None]:
+    """torch's `loss_parallel`, left also by an exception, and harmless inside the caller's own.
+
+    torch 2.13 (tensor/parallel/loss.py) does neither. Delete when it does.
+    """
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    if torch.ops.aten._log_softmax.default in handlers:
+        yield
+        return
+    context = torch_loss_parallel()
+    context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)

@@ -1,0 +1,154 @@
+"""FSDP2 (torch): what it has no public way for, and what it does otherwise than a sharded model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+
+def fsdp_parameters(module: nn.Module) -> Iterator:
+    """FSDP2's records (`FSDPParam`) of the parameters in `module` that it manages.
+
+    torch 2.13 has no public way to reach a parameter's sharded form while it is gathered, nor to change the mixed
+    precision policy after `fully_shard`. Delete with `set_mixed_precision` and `sharded_parameter` when it has.
+    """
+    seen = set()
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            for group in child._get_fsdp_state()._fsdp_param_groups:
+                if id(group) not in seen:
+                    seen.add(id(group))
+                    yield from group.fsdp_params
+
+
+def unsharded_numels(module: nn.Module) -> list[int]:
+    """Elements of each parameter in `module` that FSDP2 manages, gathered: of this rank's TP shard."""
+    return [record._orig_size.numel() for record in fsdp_parameters(module)]
+
+
+def index_sharded_parameters(model: nn.Module) -> None:
+    """Note on each module where FSDP2 keeps the sharded form of its parameters, for `sharded_parameter`."""
+    for record in fsdp_parameters(model):
+        info = record._module_info
+        vars(info.module).setdefault("_tpsp_fsdp", {})[info.param_name] = record
+
+
+def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter `name` of `module` as the optimizer holds it, also while FSDP2 has put the gathered one in place."""
+    record = vars(module).get("_tpsp_fsdp", {}).get(name)
+    return record.sharded_param if record is not None else module._parameters.get(name)
+
+
+def fsdp_groups(model: nn.Module) -> list:
+    """FSDP2's groups (`FSDPParamGroup`) of parameters that are gathered together, of the modules in `model`."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [group for state in states for group in state._fsdp_param_groups]
+
+
+class HiddenGroup:
+    """A group of FSDP2's whose modules can show the sharded parameters while the gathered ones are kept for backward.
+
+    torch 2.13 has modules show whichever it holds. Delete when `parameters()` outside of a forward gives the sharded ones.
+    """
+
+    def __init__(self, group):
+        self.group, self.is_hidden = group, False
+        self._unshard, group.unshard = group.unshard, self.unshard
+
+    @property
+    def is_unsharded(self) -> bool:
+        """Whether the gathered parameters are there, shown or hidden."""
+        return self.group.is_unsharded
+
+    def hide(self) -> None:
+        """Have the modules show the sharded parameters."""
+        if self.group.is_unsharded and not self.is_hidden:
+            self.is_hidden = True
+            for record in self.group.fsdp_params:
+                record._setattr_on_modules(record.sharded_param)
+
+    def reshard(self) -> None:
+        self.is_hidden = False
+        self.group.reshard()
+
+    def unshard(self, async_op: bool = False) -> None:
+        """The group's own `unshard`, with which every forward and backward begins."""
+        if self.is_hidden:
+            self.is_hidden = False
+            if self.group.is_unsharded:  # not freed meanwhile, as `state_dict` does
+                for record in self.group.fsdp_params:
+                    record.to_unsharded()
+        if self.group._training_state == TrainingState.POST_BACKWARD:
+            # A checkpointed forward of the whole model, once more, in a backward that has been here: torch 2.13 would drop the
+            # gradients that are still to come. This has it reduce them at the end.
+            self.group._training_state = TrainingState.PRE_BACKWARD
+        self._unshard(async_op)
+
+
+def start_forward(model: nn.Module) -> None:
+    """Ready FSDP2's root `model` for a forward of it or of a part of it, also after a backward that raised.
+
+    torch 2.13 takes the first module that is called for its root, and after an exception it goes on where it stopped, unless
+    `reset_iter_state` is called. Delete what it does itself.
+    """
+    from ..forward.options import check_dtypes
+
+    state = model._get_fsdp_state()
+    if state._is_root is None:  # the first forward: torch would fail in an assertion
+        check_dtypes(model)
+        state._lazy_init()
+    else:
+        follow_dtypes(model)
+    if state._state_ctx.post_backward_final_callback_queued:  # and never ran
+        for record in fsdp_parameters(model):  # what came of that backward
+            if hasattr(record, "_unsharded_param"):
+                record._unsharded_param.grad = record.unsharded_accumulated_grad = None
+        model.reset_iter_state()
+
+
+def end_forward(model: nn.Module) -> None:
+    """Have FSDP2's root forget a forward that raised."""
+    if model._get_fsdp_state()._state_ctx.iter_forward_root is not None:
+        model.reset_iter_state()
+
+
+def set_mixed_precision(model: nn.Module, param_dtype: torch.dtype | None) -> None:
+    """Have FSDP2 gather parameters as `param_dtype` and reduce gradients in fp32, from the next forward on.
+
+    The loading hook shards a model before its `TrainingArguments(bf16=…)` is known, and a script may have looked at it since.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            is_new = state._mp_policy != policy
+            state._mp_policy = policy
+            for group in state._fsdp_param_groups:
+                group.mp_policy = policy
+                if is_new and state._is_root is not None:
+                    _look_at_dtypes_again(group)
+
+
+def _look_at_dtypes_again(group) -> None:
+    """torch 2.13 looks at the parameters' dtypes, and at whether any is trained, before its first forward only, and keeps the
+    buffers that it gathers into. Delete when it notices that they have changed."""
+    group.reshard()
+    for record in group.fsdp_params:
+        record.all_gather_outputs = []
+        vars(record).pop("_unsharded_param", None)
+    group._init_mp_dtypes()
+
+
+def follow_dtypes(model: nn.Module) -> None:
+    """Have FSDP2 notice that a script has cast `model` since its last forward, or trains what was frozen until then."""
+    for group in fsdp_groups(model):
+        first, *_ = group.fsdp_params or [None]
+        if first is None:
+            continue
+        is_cast = first.sharded_param.dtype != first.orig_dtype
+        if is_cast or (group._orig_dtype is None and any(r.sharded_param.requires_grad for r in group.fsdp_params)):
+            _look_at_dtypes_again(group)

@@ -1,0 +1,165 @@
+"""transformers: what its Trainer saves and counts, and what it looks up by a class's name."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import transformers
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.trainer_utils import HubStrategy
+
+from ..config import environment_flag
+
+
+def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) -> None:
+    """Write the whole model as a Hugging Face folder, or its adapter as peft's. Every rank must call it."""
+    from ..integrations.peft.adapters import adapter_state_dict, is_adapted
+    from ..state import full_state_dict
+
+    model = trainer.model
+    trainer._save(output_dir, state_dict=adapter_state_dict(model) if is_adapted(model) else full_state_dict(model))
+
+
+def _patch_save_model(original):
+    """transformers 5.23 (trainer.py, `save_model`) writes nothing, silently, under `SHARDED_STATE_DICT`. Write the
+    Hugging Face folder that the caller asked for. Delete when upstream does or raises."""
+
+    @functools.wraps(original)
+    def save_model(self, output_dir=None, _internal_call=False):
+        from ..state import is_parallelized
+
+        if _internal_call or not is_parallelized(self.model):
+            return original(self, output_dir, _internal_call)
+        _write_folder(self, output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        return None
+
+    return save_model
+
+
+def _patch_push(original):
+    """transformers 5.23 (trainer.py, `push_to_hub` and `_push_from_checkpoint`) pushes `args.output_dir`, into which,
+    under `SHARDED_STATE_DICT`, nothing has written the weights. Delete with `_patch_save_model`."""
+
+    @functools.wraps(original)
+    def push(self, *args, **kwargs):
+        from ..state import is_parallelized
+
+        at_checkpoint = original.__name__ == "_push_from_checkpoint"
+        if is_parallelized(self.model) and not (at_checkpoint and self.args.hub_strategy == HubStrategy.END):
+            _write_folder(self)
+        return original(self, *args, **kwargs)
+
+    return push
+
+
+def _patch_neftune(original):
+    """transformers 5.23 (integrations/neftune.py, `neftune_post_forward_hook`) draws the noise as a DTensor, for which each
+    rank of a CPU mesh (torch 2.13, tensor/_random.py) draws the same numbers for another part of the sequence. Draw the
+    whole noise on every TP rank, as one process does, and keep this rank's part. Delete when DTensor's random operations
+    work on the CPU."""
+
+    @functools.wraps(original)
+    def neftune_post_forward_hook(module, input, output):
+        if not isinstance(output, DTensor):
+            return original(module, input, output)
+        if not module.training:
+            return output
+        zeros = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+        noise = original(module, input, zeros)
+        return output + distribute_tensor(noise, output.device_mesh, output.placements, src_data_rank=None)
+
+    return neftune_post_forward_hook
+
+
+def _patch_track_tokens(original):
+    """transformers 5.23 (trainer.py, `_track_num_input_tokens`) counts each batch once per TP rank. Delete when it
+    divides by `get_tp_size()`, as it does for `num_items_in_batch`."""
+
+    @functools.wraps(original)
+    def _track_num_input_tokens(self, inputs):
+        before = self.state.num_input_tokens_seen
+        original(self, inputs)
+        seen = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + int(seen) // self.get_tp_size()
+
+    return _track_num_input_tokens
+
+
+def _patch_num_items(original):
+    """transformers 5.23 (trainer.py, `_get_num_items_in_batch`) divides the count by the TP ranks, which it has been
+    multiplied by only where it was gathered over all ranks (`average_tokens_across_devices`). Delete when it divides
+    there."""
+
+    @functools.wraps(original)
+    def _get_num_items_in_batch(self, *args, **kwargs):
+        items = original(self, *args, **kwargs)
+        if items is not None and not self.args.average_tokens_across_devices:
+            items = items * self.get_tp_size()
+        return items
+
+    return _get_num_items_in_batch
+
+
+def _patch_store_flos(original):
+    """transformers 5.23 (trainer.py, `store_flos`) sums the FLOPs of all ranks, TP ranks of one batch included. Delete
+    when it divides by `get_tp_size()`."""
+
+    @functools.wraps(original)
+    def store_flos(self):
+        self.current_flos /= self.get_tp_size()
+        original(self)
+
+    return store_flos
+
+
+def _patch_training_arguments(original):
+    """transformers 5.23 (training_args.py, `_validate_args`) refuses bf16 on the CPU unless `use_cpu` is set, although
+    `_setup_devices` takes ACCELERATE_USE_CPU for it. Delete when the check does too."""
+
+    @functools.wraps(original)
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or environment_flag("ACCELERATE_USE_CPU")
+        original(self)
+
+    return __post_init__
+
+
+def keep_name(model: nn.Module, name: str) -> None:
+    """Have `model` go by its class's own name after FSDP2 has renamed the class.
+
+    transformers 5.23 (trainer.py, `compute_loss`) looks the name up to decide whether label smoothing shifts the
+    labels, and `FSDPQwen2ForCausalLM` is not in its list. Delete when it strips the prefix there, as `save_pretrained`
+    does."""
+    model._get_name = lambda: name
+
+
+def spare_grouped_mm(model: PreTrainedModel, tp_size: int) -> str | None:
+    """Have the experts run one by one if grouped matrix products cannot take their width on each of `tp_size` ranks. Returns
+    what was done, in words.
+
+    torch 2.13 (`grouped_mm`) wants rows of multiples of 16 bytes: 8 elements in bf16, in which training may gather weights that
+    are fp32 here. Delete when it takes any width.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "_experts_implementation", None) != "grouped_mm":
+        return None
+    widths = {
+        local
+        for p in model.parameters()
+        if isinstance(p, DTensor) and p.dim() == 3
+        for local, whole in zip(p.to_local().shape[1:], p.shape[1:], strict=True)
+        if local != whole and local % 8
+    }
+    if not widths:
+        return None
+    model.set_experts_implementation("eager")
+    listed = ", ".join(map(str, sorted(widths)))
+    return (
+        f"grouped matrix products take widths that divide by 8, and at tp {tp_size} each rank has {listed} of the experts'; "
+        f"they run one by one (experts_implementation='eager'). A width that divides by {8 * tp_size}, or a smaller tp, is faster"
+    )

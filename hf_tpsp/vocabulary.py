@@ -1,0 +1,46 @@
+"""Tokens and labels outside of the vocabulary: one error, wherever they are found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class OutOfVocabulary(ValueError, IndexError):
+    """A token or a label that the model has no row for. One process raises an `IndexError`."""
+
+
+def stray(name: str, x: Tensor, size: int, ignored: int | None = None) -> list[str]:
+    """The first of `x` that is not in `range(size)`, in words; empty if there is none."""
+    outside = (x < 0) | (x >= size)
+    if ignored is not None:
+        outside &= x != ignored
+    places = outside.nonzero()
+    if not len(places):
+        return []
+    place = places[0].tolist()
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+    return [f"{name}[{', '.join(map(str, place))}] is {int(x[tuple(place)])}{more}, outside the vocabulary of {size}"]
+
+
+def require_inside(name: str, x: Tensor, size: int, ignored: int | None = None) -> None:
+    """Raise unless all of `x` are in `range(size)`, or are `ignored`; where no batch was compared before (a loss or an
+    embedding that a script calls by itself, generation). On the CPU `OutOfVocabulary`, which says what and where; on another
+    device an assertion on the device, as one process has there, and no wait for it."""
+    inside = (x >= 0) & (x < size)
+    if ignored is not None:
+        inside |= x == ignored
+    if isinstance(x, FakeTensor) or torch.compiler.is_compiling():
+        return
+    if x.device.type == "cpu":
+        if not inside.all():
+            raise OutOfVocabulary(f"{stray(name, x, size, ignored)[0]}. {ADVICE}")
+    else:
+        torch._assert_async(inside.all(), f"{name}: a value is outside the vocabulary of {size}. {ADVICE}")
+
+
+ADVICE = (
+    "A token that was added to the tokenizer needs a row: resize the model's embeddings before it is sharded. Labels that are to "
+    "be ignored are -100."
+)
