@@ -1,4 +1,4 @@
-"""What a user calls: `enable` and `parallelize`."""
+"""What a user calls: `enable` for a whole process, `parallelize` for one model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import os
 from collections.abc import Callable
 
 import transformers.trainer
+from transformers import PreTrainedModel
 
 from .config import TPSPConfig
-from .integrations.callback import TPSPCallback
-from .integrations.session import Enabled, _active, _install
+from .integrations import loading, registry, session
+from .integrations.callback import TPSPCallback, install
 from .launch import use_cpu_if_alone
+from .state import is_parallelized
 
 
-def enable(config: TPSPConfig | None = None) -> Enabled:
+def enable(config: TPSPConfig | None = None) -> session.Enabled:
     """Train this process's causal LMs on the mesh: one line at the top of a script, before its TrainingArguments.
 
     From here on `from_pretrained` shards causal LMs while it reads them, and every `Trainer` gets a `TPSPCallback`. In a
@@ -31,16 +33,38 @@ def enable(config: TPSPConfig | None = None) -> Enabled:
     use_cpu_if_alone()
     config = config or TPSPConfig.from_accelerate()
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
-    if _active:
-        if _active[0].config != config:
-            raise ValueError(f"hf_tpsp is enabled with {_active[0].config}; disable() that first.")
-        return _active[0]
+    if (running := session.current()) is not None:
+        if running.config != config:
+            raise ValueError(f"hf_tpsp is enabled with {running.config}; disable() that first.")
+        return running
     if config.world_size == 1:
-        return Enabled(config, [])
-    return _install(config, hook_loading=True)
+        return session.Enabled(config)
+    handle = install(config)
+    handle.once(lambda: loading.install(config))
+    handle.once(lambda: _add_callback(TPSPCallback(config)))
+    return handle
 
 
 def _add_callback(callback: TPSPCallback) -> Callable[[], None]:
     callbacks = transformers.trainer.DEFAULT_CALLBACKS
     callbacks.append(callback)
     return lambda: callbacks.remove(callback)
+
+
+def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
+    """Shard `model` over the mesh of `config`, in place: tensor, sequence and loss parallel, then FSDP2.
+
+    Call it on every rank before the optimizer is made. A model in memory takes rank 0's weights on all ranks; a model on
+    meta stays there, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does). Adapters that peft
+    has put around the model are laid out with it.
+
+    Returns:
+        The same model. Its parameters are DTensors on `(dp_shard, tp)`, its logits `LazyLogits`, sharded
+        over the vocabulary until somebody reads them, its loss a plain scalar.
+
+    Raises:
+        ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.
+    """
+    if is_parallelized(model):
+        raise ValueError("This model is already parallelized.")
+    return registry.shard(model, config)

@@ -212,7 +212,7 @@ def _local(grad: DTensor, spec: DTensorSpec) -> Tensor:
     return grad._local_tensor
 
 
-class _CopyToRegion(torch.autograd.Function):
+class CopyToRegion(torch.autograd.Function):
     """Identity forward, all-reduce backward: the entry of a region when the stream is replicated (Megatron's f)."""
 
     @staticmethod
@@ -227,7 +227,7 @@ class _CopyToRegion(torch.autograd.Function):
         return grad, None
 
 
-class _ReduceFromRegion(torch.autograd.Function):
+class ReduceFromRegion(torch.autograd.Function):
     """All-reduce forward, identity backward: the exit of a region when the stream is replicated (Megatron's g)."""
 
     @staticmethod
@@ -252,7 +252,7 @@ class OneShare(torch.autograd.Function):
         return grad / ctx.size, None
 
 
-class _OwnTerm(torch.autograd.Function):
+class OwnTerm(torch.autograd.Function):
     """What every rank has whole → its own part of the sequence, as the stream. Backward: the part's gradient, and zeros beside it,
     which is this rank's term of the whole gradient. No collective."""
 
@@ -287,7 +287,7 @@ def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
         if x.placements == (SEQUENCE,):
             return gather_sequence(x)
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    return _CopyToRegion.apply(x, mesh) if x.requires_grad else x
+    return CopyToRegion.apply(x, mesh) if x.requires_grad else x
 
 
 def sharded_features(local: Tensor, width: int, mesh: DeviceMesh) -> DTensor:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from .structure import size_of
+from .sizes import size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -147,31 +147,6 @@ class TPSPConfig:
                 **overrides,
             }
         )
-
-    def environment(self) -> dict[str, str]:
-        """The variables by which accelerate learns of this mesh: what a preset would have exported.
-
-        accelerate deals the batches and saves; it takes no `dp_replicate` beside a `dp_shard` of 1, and to it the two are
-        the same.
-        """
-        replicate, shard = (self.dp_replicate_size, self.dp_shard_size)
-        if shard == 1:
-            replicate, shard = 1, replicate
-        return {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
-            "FSDP_STATE_DICT_TYPE": os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"),
-            "FSDP_RESHARD_AFTER_FORWARD": str(self.reshard_after_forward).lower(),
-            # hf_tpsp checkpoints the layers itself; accelerate's wrapper needs a wrap policy.
-            "FSDP_ACTIVATION_CHECKPOINTING": "false",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-            "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
-            "PARALLELISM_CONFIG_TP_SIZE": str(self.tp_size),
-            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(shard),
-            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(replicate),
-            "ACCELERATE_MIXED_PRECISION": self.mixed_precision,
-        }
 
     def check_world(self, world_size: int) -> None:
         """Raise `ValueError` unless the mesh has exactly `world_size` ranks, naming the sizes that would fit."""

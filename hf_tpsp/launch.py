@@ -1,15 +1,16 @@
-"""The mesh as accelerate writes it: the environment that it reads, the configs that `hf-tpsp config` makes, ranks on the CPU."""
+"""The mesh as accelerate writes it: the environment that it reads, its config files, ranks on the CPU.
+
+`hf-tpsp config` prints such files; those in `presets/` are its output.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import torch
-
 from .config import TPSPConfig
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "presets"
 
 
 # Name of the file → (config, number of hosts, ranks on the CPU). TP stays inside a host, FSDP spans them.
@@ -83,5 +84,33 @@ def use_cpu_if_alone() -> None:
     accelerate 1.15 (utils/launch.py, `prepare_multi_gpu_env`) does not export ACCELERATE_USE_CPU, and without it the
     ranks of a machine without accelerators silently become single processes. Delete when it does.
     """
+    import torch  # `hf-tpsp config` does without
+
     if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def environment(config: TPSPConfig) -> dict[str, str]:
+    """The variables by which accelerate learns of this mesh: what a preset would have exported.
+
+    accelerate deals the batches and saves; it takes no `dp_replicate` beside a `dp_shard` of 1, and to it the two are
+    the same.
+    """
+    replicate, shard = (config.dp_replicate_size, config.dp_shard_size)
+    if shard == 1:
+        replicate, shard = 1, replicate
+    return {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+        "FSDP_STATE_DICT_TYPE": os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"),
+        "FSDP_RESHARD_AFTER_FORWARD": str(config.reshard_after_forward).lower(),
+        # hf_tpsp checkpoints the layers itself; accelerate's wrapper needs a wrap policy.
+        "FSDP_ACTIVATION_CHECKPOINTING": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        "PARALLELISM_CONFIG_TP_SIZE": str(config.tp_size),
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(shard),
+        "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(replicate),
+        "ACCELERATE_MIXED_PRECISION": config.mixed_precision,
+    }

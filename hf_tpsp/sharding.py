@@ -20,18 +20,18 @@ from transformers.utils import logging
 from .config import TPSPConfig
 from .forward import batch_check, options, outside, randomness
 from .forward.outputs import hand_out_whole
+from .forward.own_loss import patch_loss
 from .plan.planner import plan_for
 from .state import (
     Parallelized,
-    _gather_for_save,
-    _refuse_resize,
     build_mesh,
     cut_whole_tensors,
-    is_parallelized,
+    gather_for_save,
     parallelized_model,
+    refuse_resize,
 )
 from .structure import decoder_layers, owners_of_layers
-from .styles.apply import _apply_plan, _check_sharded, _share_router_logits
+from .styles.apply import apply_plan, check_sharded, share_router_logits
 from .styles.gradients import ReplicatedGradients
 from .styles.recompute import selective_contexts
 from .upstream import dtensor, fsdp2, transformers
@@ -40,25 +40,8 @@ from .witness.witness import Witness
 logger = logging.get_logger(__name__)
 
 
-def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
-    """Shard `model` over the mesh of `config`, in place: tensor, sequence and loss parallel, then FSDP2.
-
-    Call it on every rank before the optimizer is made. A model in memory takes rank 0's weights on all ranks; a model on
-    meta stays there, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does).
-
-    Returns:
-        The same model. Its parameters are DTensors on `(dp_shard, tp)`, its logits `LazyLogits`, sharded
-        over the vocabulary until somebody reads them, its loss a plain scalar.
-
-    Raises:
-        ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.
-    """
-    if is_parallelized(model):
-        raise ValueError("This model is already parallelized.")
-    from .integrations.peft.adapters import is_adapted, parallelize_adapted
-
-    if is_adapted(model):
-        return parallelize_adapted(model, config)
+def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
+    """Shard a plain `model` over the mesh of `config`, in place: the steps in their order. See `api.parallelize`."""
     dtensor.quiet_redistribute()
     dtensor.average_whole_parameters()
     mesh = build_mesh(config)
@@ -77,10 +60,10 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     gradients = ReplicatedGradients(mesh["tp"])
     gradients.keeps_terms = not config.compile
     witness = Witness(model, plan, config)
-    _apply_plan(model, plan, gradients, config)
+    apply_plan(model, plan, gradients, config)
     model.tie_weights()
-    _check_sharded(model)
-    _share_router_logits(model, config.tp_size)
+    check_sharded(model)
+    share_router_logits(model, config.tp_size)
     spared = transformers.spare_grouped_mm(model, config.tp_size)
     if spared and PartialState().is_main_process:
         logger.warning_once(f"hf_tpsp: {type(model).__name__}: {spared}.")
@@ -97,17 +80,14 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     # Placed on the instance, so a model that is not ours is never touched.
     model._tpsp = Parallelized(config, mesh, plan, gradients)
     model._tp_plan = plan
-    model.gather_sharded_state_dict_for_save = types.MethodType(_gather_for_save, model)
-    model.resize_token_embeddings = _refuse_resize
+    model.gather_sharded_state_dict_for_save = types.MethodType(gather_for_save, model)
+    model.resize_token_embeddings = refuse_resize
     options.install(model)
     if config.activation_checkpointing != "none":
         selective = {"context_fn": selective_contexts} if config.activation_checkpointing == "selective" else {}
         model.activation_checkpointing_enable({"use_reentrant": False, **selective})
     if config.compile:
         _compile(model, mesh["tp"], config)
-
-    from .forward.own_loss import patch_loss
-
     hand_out_whole(owners_of_layers(model), gradients)
     patch_loss(model, gradients.calls.gathered)
     batch_check.install(model, mesh)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .config import TPSPConfig, environment_flag
-from .styles.base import Style
-from .styles.gradients import ReplicatedGradients
+
+if TYPE_CHECKING:
+    from .styles.base import Style
+    from .styles.gradients import ReplicatedGradients
 
 MESH_DIMS = ("dp_replicate", "dp_shard", "tp")  # accelerate's names, by which it deals one batch to each TP group
 
@@ -33,6 +37,7 @@ class Parallelized:
     mesh: DeviceMesh
     plan: dict[str, str]
     gradients: ReplicatedGradients
+    saved: Callable[[nn.Module], dict[str, torch.Tensor]] | None = None  # what is saved of it, if not all
 
 
 def is_parallelized(model: nn.Module) -> bool:
@@ -81,6 +86,11 @@ def full_state_dict(model: PreTrainedModel, state_dict: dict | None = None) -> d
     return {name: full[tied.get(name, name)] for name in state_dict if tied.get(name, name) in full}
 
 
+def saved_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a folder of `model` holds, as whole tensors on the CPU of rank 0: the model, or what a library that wraps it saves."""
+    return (parallelized_model(model)._tpsp.saved or full_state_dict)(model)
+
+
 def cut_whole_tensors(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
     """Cut whole tensors that are loaded into `module` as its parameters are. A hook of `load_state_dict`."""
     for name, parameter in module._parameters.items():
@@ -93,14 +103,14 @@ def cut_whole_tensors(module: nn.Module, state_dict: dict, prefix: str, *args) -
             )
 
 
-def _gather_for_save(self, model_to_save, state_dict, distributed_config=None, *, save_on_this_rank=True):
+def gather_for_save(self, model_to_save, state_dict, distributed_config=None, *, save_on_this_rank=True):
     """`save_pretrained` of a sharded model: gather, unless the caller (the Trainer) has done so."""
     if any(isinstance(tensor, DTensor) for tensor in state_dict.values()):
         return full_state_dict(self, state_dict)
     return state_dict
 
 
-def _refuse_resize(*args, **kwargs):
+def refuse_resize(*args, **kwargs):
     raise ValueError(
         "resize_token_embeddings cannot change a model that is already sharded. Resize it once before training, save it "
         "with save_pretrained in one process, and load that folder."

@@ -9,14 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-
-def size_of(owner: object, name: str) -> int | None:
-    """A size that a config or a module names; None if it has none of this name, or not one for all layers."""
-    try:
-        size = getattr(owner, name, None)
-    except Exception:  # transformers raises for sizes that differ from layer to layer
-        return None
-    return size if isinstance(size, int) and not isinstance(size, bool) else None
+from .sizes import size_of
 
 
 def is_norm(module: nn.Module) -> bool:

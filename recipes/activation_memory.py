@@ -3,9 +3,9 @@
     python recipes/activation_memory.py [--tp 8] [--tokens 8192] [--dtype bf16]
 
 No weights, no devices, no second process: the real plan, layouts and recomputation run on fake tensors in a fake process
-group, and `hf_tpsp.measure` counts the bytes that are live from one layer's start to the next one's. Beside them the
+group, and `hf_tpsp.tools.estimate` counts the bytes that are live from one layer's start to the next one's. Beside them the
 figure of Megatron's TP + SP, recomputed for gated MLPs and grouped-query attention: `(4 h + 2 q + 2 kv + 3 f) / tp`
-elements per token (`hf_tpsp.measure.saved_activation_bytes` has the derivation). Attention is fused: no scores.
+elements per token (`tools.estimate.floors.saved_activation_bytes` has the derivation). Attention is fused: no scores.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.measure import saved_activation_bytes, saved_by_a_layer
-from hf_tpsp.simulate import simulated_world  # and with it the "fused" attention
+from hf_tpsp.tools.estimate.floors import saved_activation_bytes
+from hf_tpsp.tools.estimate.moments import saved_by_a_layer
+from hf_tpsp.tools.estimate.simulate import simulated_world
 
 SHAPES = {
     "Llama-3-8B": ("llama", {

@@ -7,7 +7,7 @@ then take turns, step by step, so that whatever else the machine does meets them
 `zero_grad`. The default takes a quarter of an hour on two cores; `--hidden 64 --vocab 4000 --tokens 256`, seconds.
 
 Writes `recipes/benchmarks/NAME.json` and `NAME.png`, and the tables of all JSON files to `recipes/benchmarks/README.md`.
-Bytes are rank 0's, counted by `hf_tpsp.measure` in a step of its own, beside what they could be at the least where theory
+Bytes are rank 0's, counted by `hf_tpsp.tools.estimate` in a step of its own, beside what they could be at the least where theory
 says so: `saved_activation_bytes` and `collective_floor`.
 """
 
@@ -45,8 +45,10 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 import hf_tpsp
-from hf_tpsp import TPSPConfig, guard
-from hf_tpsp.measure import RING_PASSES, collective_floor, measure_step, saved_activation_bytes, step, wire_bytes
+from hf_tpsp import TPSPConfig
+from hf_tpsp.forward import batch_check as guard
+from hf_tpsp.tools.estimate.floors import RING_PASSES, collective_floor, saved_activation_bytes, wire_bytes
+from hf_tpsp.tools.estimate.moments import measure_step, step
 
 COMMAND = "torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 recipes/benchmark.py"
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -101,7 +103,7 @@ def row(variant: str, ids: Tensor) -> Tensor:
 
 @contextmanager
 def timed_checks() -> Iterator[list[float]]:
-    """While inside, the seconds of each comparison of the ranks' batches (`hf_tpsp.guard`) are appended to the list."""
+    """While inside, the seconds of each comparison of the ranks' batches (`forward.batch_check`) are appended to the list."""
     seconds, check = [], guard.check
 
     def timed(*args) -> None:
@@ -160,7 +162,7 @@ def run(models: dict[str, nn.Module], config: Qwen2Config, tokens: int, args: ar
         choices = choices_of(variant, ranks)
         if choices:
             found["check_seconds"] = statistics.median(checks[variant])
-        if not VARIANTS.get(variant, {}).get("compile"):  # hf_tpsp.measure cannot see into compiled code
+        if not VARIANTS.get(variant, {}).get("compile"):  # hf_tpsp.tools.estimate cannot see into compiled code
             found |= measure_step(model, row(variant, ids))
             sent = found["collectives"]
             found["wire_bytes"] = wire_bytes(sent)

@@ -14,7 +14,6 @@ The last column puts both into the same simulation, in place of hf_tpsp's own.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -26,9 +25,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import hf_tpsp
-from hf_tpsp import loss, recompute
-from hf_tpsp.compat import replace
-from hf_tpsp.estimation import GIB, Hardware
+from hf_tpsp import sharding
+from hf_tpsp.forward import own_loss
+from hf_tpsp.styles import recompute
+from hf_tpsp.tools.estimate.hardware import GIB, Hardware
+from hf_tpsp.upstream.patching import swap
 
 # Model, GPUs, dp, tp, rows of a TP group, checkpointing, published GiB, and what else was different there.
 PUBLISHED = [
@@ -60,11 +61,10 @@ def whole_logits_loss(logits: DTensor, labels: Tensor, *args, **kwargs) -> Tenso
 
 @contextlib.contextmanager
 def as_torchtitan(tp: int) -> Iterator[None]:
-    module = sys.modules["hf_tpsp.parallelize"]  # the name in the package is the function's
-    patches = [(module, "selective_contexts", lambda original: every_second_product)]
+    patches = [(sharding, "selective_contexts", lambda original: every_second_product)]
     if tp == 1:
-        patches.append((loss, "causal_lm_loss", lambda original: whole_logits_loss))
-    restore = replace(*patches)
+        patches.append((own_loss, "causal_lm_loss", lambda original: whole_logits_loss))
+    restore = swap(*patches)
     try:
         yield
     finally:

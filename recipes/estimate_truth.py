@@ -6,7 +6,7 @@
 Three architectures of 8 layers, two lengths, both losses, all activation checkpointing, on every mesh of 2 and of 4 gloo
 ranks without replicas; the prediction runs two shallow models. Rank 0 of each is compared, three ways:
 
-- peak, recorded: tensor bytes by `hf_tpsp.measure`, as the prediction counts them, on real tensors;
+- peak, recorded: tensor bytes by `hf_tpsp.tools.estimate`, as the prediction counts them, on real tensors;
 - peak, heap: what glibc says that the process has allocated, read after each operation, above what it had before the step,
   and the bytes of parameters, optimizer and batch. It knows nothing of tensors; the autograd graph and Python are in it;
 - collectives: count and bytes of each kind on each mesh dim, and FLOPs. These must be equal.
@@ -32,8 +32,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.simulate import OPTIMIZERS, Job, Step, record_step, simulate, simulated_world
-from hf_tpsp.trainer import keep_fp32_masters
+from hf_tpsp.sharding import keep_fp32_masters
+from hf_tpsp.tools.estimate.simulate import OPTIMIZERS, Job, simulate, simulated_world
+from hf_tpsp.tools.estimate.step import Step, record_step
 
 SIZES = {
     "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8,

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import hf_tpsp
-from hf_tpsp.comparison import Errors, relative, relative_number
+from hf_tpsp.tools.verify.comparison import Errors, relative, relative_number
 
 COMMAND = "accelerate launch --config_file hf_tpsp/presets/cpu_2x2.yaml recipes/parity.py"
 DATA = Path(__file__).parent / "data" / "parity.jsonl"

@@ -5,7 +5,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSIT
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-from hf_tpsp.ranks import RankPool
+from hf_tpsp.tools.ranks import RankPool
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ import transformers
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.comparison import Errors, KeepFp64, full, largest, relative, shard_batch, train_beside
+from hf_tpsp.tools.verify.comparison import Errors, KeepFp64, full, largest, relative, shard_batch, train_beside
 
 __all__ = [
     "Errors",

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.comparison import largest, relative
-from hf_tpsp.verify import build
+from hf_tpsp.tools.verify.comparison import largest, relative
+from hf_tpsp.tools.verify.verify import build
 
 MESHES = {"1x2": TPSPConfig(tp_size=2), "2x2": TPSPConfig(tp_size=2, dp_shard_size=2)}
 

@@ -13,11 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import hf_tpsp
-from hf_tpsp import TPSPConfig, chunked, vocab_parallel_cross_entropy
-from hf_tpsp.logits import LazyLogits
-from hf_tpsp.loss import vocab_parallel_statistics
-from hf_tpsp.measure import CollectiveBytes, measure_step
-from hf_tpsp.styles import LazyHead, ReplicatedGradients
+from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
+from hf_tpsp.loss import chunked
+from hf_tpsp.loss.cross_entropy import vocab_parallel_statistics
+from hf_tpsp.loss.logits import LazyLogits
+from hf_tpsp.styles.gradients import ReplicatedGradients
+from hf_tpsp.styles.head import LazyHead
+from hf_tpsp.tools.estimate.moments import measure_step
+from hf_tpsp.tools.estimate.recorders import CollectiveBytes
 
 HIDDEN = 24
 POINTWISE = {

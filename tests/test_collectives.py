@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 import hf_tpsp
 from hf_tpsp import TPSPConfig
 from hf_tpsp.collectives import all_gather_sequence, reduce_scatter_sequence
-from hf_tpsp.measure import CollectiveBytes
+from hf_tpsp.tools.estimate.recorders import CollectiveBytes
 
 
 def count(model_type: str, layers: int, config: TPSPConfig) -> dict[str, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_tpsp.comparison import KINDS, Errors, compare_gradients, larger, largest, relative, relative_number
+from hf_tpsp.tools.verify.comparison import KINDS, Errors, compare_gradients, larger, largest, relative, relative_number
 
 
 @pytest.mark.parametrize("order", [(math.nan, 1.0), (1.0, math.nan), (math.nan, math.nan), (0.0, math.nan, 2.0)])

@@ -9,8 +9,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 import hf_tpsp
-from hf_tpsp import TPSPConfig
-from hf_tpsp.presets import FOLDER, SHIPPED, accelerate_config
+from hf_tpsp import TPSPConfig, launch
+from hf_tpsp.launch import FOLDER, SHIPPED, accelerate_config
 
 
 def refused(call) -> str:
@@ -133,7 +133,7 @@ def test_without_a_launcher(environment):
     ],
 )  # fmt: skip
 def test_configs_that_are_refused(environment, change, words):
-    environment({**TPSPConfig(tp_size=2).environment(), **change})
+    environment({**launch.environment(TPSPConfig(tp_size=2)), **change})
     message = refused(TPSPConfig.from_accelerate)
     assert all(word in message for word in words), message
 

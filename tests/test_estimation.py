@@ -10,8 +10,10 @@ from transformers import AutoConfig
 
 from hf_tpsp import TPSPConfig
 from hf_tpsp.cli import main
-from hf_tpsp.estimation import GIB, MODELS, Hardware, _largest, estimate, legal_meshes, parse_bytes
-from hf_tpsp.simulate import Job, build_on_meta
+from hf_tpsp.tools.estimate.estimation import _largest, estimate
+from hf_tpsp.tools.estimate.hardware import GIB, Hardware, parse_bytes
+from hf_tpsp.tools.estimate.meshes import MODELS, legal_meshes
+from hf_tpsp.tools.estimate.simulate import Job, build_on_meta
 
 
 @pytest.mark.parametrize("limit", [0, 3, 7, 100, 12345])

@@ -13,7 +13,7 @@ import transformers
 import yaml
 
 from hf_tpsp import TPSPConfig
-from hf_tpsp.presets import FOLDER, accelerate_config
+from hf_tpsp.launch import FOLDER, accelerate_config
 
 SCRIPT = """
 import sys, torch

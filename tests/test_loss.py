@@ -15,7 +15,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
-from hf_tpsp.loss import _loss_parallel, causal_lm_loss, patch_label_smoother
+from hf_tpsp.integrations.trainer import patch_label_smoother
+from hf_tpsp.loss.cross_entropy import causal_lm_loss
+from hf_tpsp.upstream.dtensor import loss_parallel as _loss_parallel
 
 
 def sharded(logits: torch.Tensor) -> DTensor:

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.measure import CollectiveBytes
-from hf_tpsp.parallelize import parallelized_model
-from hf_tpsp.verify import build as small_copy
+from hf_tpsp.state import parallelized_model
+from hf_tpsp.tools.estimate.recorders import CollectiveBytes
+from hf_tpsp.tools.verify.verify import build as small_copy
 
 MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
 HSDP = TPSPConfig(tp_size=2, dp_replicate_size=2)

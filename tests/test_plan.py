@@ -8,9 +8,9 @@ from torch import nn
 
 from hf_tpsp import TPSPConfig, plan_for
 from hf_tpsp.cli import main
-from hf_tpsp.plan import rule_for, wildcard
-from hf_tpsp.shrink import shrunk_config
-from hf_tpsp.styles import rows_of
+from hf_tpsp.plan.shrink import shrunk_config
+from hf_tpsp.rules import rule_for, wildcard
+from hf_tpsp.styles.linear import rows_of
 
 TP2 = TPSPConfig(tp_size=2)
 

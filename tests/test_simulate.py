@@ -8,8 +8,11 @@ import models
 import pytest
 from transformers import AutoConfig
 
-from hf_tpsp import TPSPConfig, chunked, simulate
-from hf_tpsp.simulate import Job, depths, simulate_step, simulated_world
+from hf_tpsp import TPSPConfig
+from hf_tpsp.loss import chunked
+from hf_tpsp.tools.estimate import simulate
+from hf_tpsp.tools.estimate.depth import depths
+from hf_tpsp.tools.estimate.simulate import Job, simulate_step, simulated_world
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # last: it has a parity.py too
 import estimate_truth

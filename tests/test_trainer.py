@@ -29,7 +29,9 @@ from transformers import (
 
 import hf_tpsp
 from hf_tpsp import TPSPCallback, TPSPConfig
-from hf_tpsp.trainer import check_training_arguments
+from hf_tpsp.integrations import session
+from hf_tpsp.integrations.registry import check_arguments
+from hf_tpsp.launch import environment
 
 MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
 LOGGED = (
@@ -416,7 +418,7 @@ def test_bf16_has_fp32_masters(ranks, tiny, tmp_path, mixed_precision, options):
 
 def with_the_callback(model: str, out: str) -> list[dict]:
     """No enable(): the model is in memory when the Trainer, launched with a preset, is made."""
-    os.environ.update(MESH_2x2.environment())
+    os.environ.update(environment(MESH_2x2))
     callback = TPSPCallback()
     try:
         loaded = models.build("qwen2", tied=True, vocab_size=132, seed=dist.get_rank())
@@ -425,7 +427,7 @@ def with_the_callback(model: str, out: str) -> list[dict]:
                 loaded.load_state_dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict())
         return train(loaded, out, 2, callbacks=[callback])
     finally:
-        hf_tpsp.trainer._active[0].disable()
+        session.current().disable()
 
 
 def test_callback_alone(ranks, tiny, expected, tmp_path):
@@ -474,9 +476,9 @@ def refusals(model: str, out: str) -> dict[str, str]:
     for name in TRL_REFUSALS:
         cls = trl.SFTConfig if name == "activation_offloading" else trl.DPOConfig
         arguments = cls(out, use_cpu=True, bf16=False, **{name: True})
-        note(name, functools.partial(check_training_arguments, arguments))
+        note(name, functools.partial(check_arguments, arguments))
     for cls in (trl.GRPOConfig, trl.RewardConfig):
-        note(cls.__name__, functools.partial(check_training_arguments, cls(out, use_cpu=True, bf16=False)))
+        note(cls.__name__, functools.partial(check_arguments, cls(out, use_cpu=True, bf16=False)))
 
     with hf_tpsp.enable(TPSPConfig(tp_size=2)):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

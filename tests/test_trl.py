@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.logits import LazyLogits
+from hf_tpsp.loss.logits import LazyLogits
 
 trl = pytest.importorskip("trl", minversion="1.16")
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # last: it has a parity.py too

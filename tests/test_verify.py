@@ -9,11 +9,12 @@ import pytest
 import transformers
 
 import hf_tpsp
-from hf_tpsp import TPSPConfig, support
+from hf_tpsp import TPSPConfig
 from hf_tpsp.cli import main
-from hf_tpsp.comparison import larger
-from hf_tpsp.styles import OneShare
-from hf_tpsp.verify import Result, verify
+from hf_tpsp.collectives import OneShare
+from hf_tpsp.tools.verify import support
+from hf_tpsp.tools.verify.comparison import larger
+from hf_tpsp.tools.verify.verify import Result, verify
 
 MESH_1x2, MESH_2x2, MESH_1x4 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2), TPSPConfig(tp_size=4)
 
@@ -74,7 +75,7 @@ def test_fewer_kv_heads_than_ranks(ranks, model_type):
 
 def without_shares(*arguments):
     """The comparison, with the auxiliary loss reaching the routers from every rank."""
-    from hf_tpsp.verify import _on_rank
+    from hf_tpsp.tools.verify.verify import _on_rank
 
     apply, OneShare.apply = OneShare.apply, lambda x, size: x
     try:

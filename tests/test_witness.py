@@ -10,8 +10,11 @@ import torch.distributed as dist
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import hf_tpsp
-from hf_tpsp import TPSPConfig, chunked, collectives, styles
-from hf_tpsp.measure import CollectiveBytes
+import hf_tpsp.witness.alike
+from hf_tpsp import TPSPConfig, collectives
+from hf_tpsp.loss import chunked
+from hf_tpsp.styles import base, linear, stream
+from hf_tpsp.tools.estimate.recorders import CollectiveBytes
 
 MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
 
@@ -32,25 +35,25 @@ def step(model, rows: int = 2, length: int = 17) -> str:
 def without_reduction(style: str, config: TPSPConfig) -> str:
     """Train with a layout whose ranks' terms are not added up, in forward or in backward."""
     if style == "Norm.is_partial":  # gradients of a part of the sequence; decided when the model is sharded
-        with mock.patch.object(styles.Norm, "is_partial", lambda self, name: False):
+        with mock.patch.object(stream.Norm, "is_partial", lambda self, name: False):
             return step(parallelized(config))
     model = parallelized(config)  # the proof would not let the others through: this is a defect that only the run has
     if style == "Rowwise.term":  # each rank adds the whole bias
-        patch = mock.patch.object(styles.Rowwise, "term", lambda self, name, value, size: value)
+        patch = mock.patch.object(linear.Rowwise, "term", lambda self, name, value, size: value)
     elif style == "Gather.leave_region":  # one rank's term, as if it were the sum
-        patch = mock.patch.object(styles, "scatter_sequence", styles.slice_sequence)
+        patch = mock.patch.object(base, "scatter_sequence", collectives.slice_sequence)
     elif style == "Embedding":
         patch = mock.patch.object(
-            styles.Embedding, "leave_region", lambda self, x, mesh: styles.slice_sequence(x, mesh)
+            stream.Embedding, "leave_region", lambda self, x, mesh: collectives.slice_sequence(x, mesh)
         )
     elif style == "Head":  # the gradient of the hidden states
         own = lambda self, partial: collectives.own_part(partial.view(self.shape), self.mesh)  # noqa: E731
         patch = mock.patch.object(chunked.ChunkedHead, "scatter", own)
     elif style == "Gather.enter_region":  # the input's gradient
-        patch = mock.patch.object(styles, "gather_sequence", styles.gather_whole)
+        patch = mock.patch.object(collectives, "gather_sequence", collectives.gather_whole)
     else:
         assert style == "without_sp.all_reduce"
-        patch = mock.patch.object(styles._CopyToRegion, "backward", staticmethod(lambda ctx, grad: (grad, None)))
+        patch = mock.patch.object(collectives.CopyToRegion, "backward", staticmethod(lambda ctx, grad: (grad, None)))
     with patch:
         return step(model)
 

@@ -30,6 +30,7 @@ from ..collectives import SEQUENCE, gather_whole, slice_sequence
 from ..loss.logits import LazyLogits
 from ..upstream import autograd, fsdp2
 from ..upstream.autograd import without_inference_mode
+from .options import check_dtypes
 
 
 class Calls:
@@ -56,6 +57,8 @@ class Calls:
     def enter(self) -> None:
         if self.depth == 0 and not autograd.in_backward():
             self.mode.enter_context(without_inference_mode())
+            if fsdp2.is_before_first_forward(self.model):
+                check_dtypes(self.model)  # where torch would fail in an assertion
             fsdp2.start_forward(self.model)
             for group in self.groups:
                 if group.is_hidden:  # no backward came; the parameters may have been written into since

@@ -6,15 +6,16 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..forward.options import check_dtypes
-from ..sharding import parallelize, set_mixed_precision
+from ..sharding import set_mixed_precision
 from ..state import Parallelized, is_parallelized, parallelized_model
-from .session import _active, _install, _install_once
-from .trainer import check_accelerator, check_parameters, check_training_arguments, library_of
+from ..upstream.patching import swap
+from . import prepare, registry, session
+from .trainer import check_accelerator, check_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -31,8 +32,8 @@ class TPSPCallback(TrainerCallback):
 
     def __init__(self, config: TPSPConfig | None = None):
         self.config = config or TPSPConfig.from_accelerate()
-        if self.config.world_size > 1 and not _active:
-            _install(self.config, hook_loading=False)
+        if self.config.world_size > 1:
+            install(self.config)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.set_up(args, state, model)
@@ -41,11 +42,10 @@ class TPSPCallback(TrainerCallback):
         """Ready a model of the Trainer's, the first one or one that `model_init` has made since."""
         if self.config.world_size == 1 or model is None:
             return
-        check_training_arguments(args)
-        if library_of(args) == "trl":
-            _install_once("trl")
+        registry.check_arguments(args)
+        registry.install(session.current() or install(self.config), args)
         if not is_parallelized(model):
-            parallelize(model, self.config)
+            registry.shard(model, self.config)
         inner = parallelized_model(model)
         done: Parallelized = inner._tpsp
         check_accelerator(done.config)
@@ -60,6 +60,17 @@ class TPSPCallback(TrainerCallback):
                 f"hf_tpsp: {type(inner).__name__} on dp_replicate {c.dp_replicate_size} x dp_shard {c.dp_shard_size} x "
                 f"tp {c.tp_size}, sequence parallel {'on' if c.sequence_parallel else 'off'}, loss {c.loss}"
             )
+
+
+def install(config: TPSPConfig) -> session.Enabled:
+    """Put in place what a Trainer, or a loop of one's own with accelerate, needs of hf_tpsp, unless it is."""
+    if (handle := session.current()) is not None:
+        return handle
+    handle = session.start(config)
+    registry.install(handle)
+    handle.once(prepare.install)
+    handle.once(lambda: swap((Trainer, "call_model_init", _set_up_again)))
+    return handle
 
 
 def _set_up_again(original: Callable) -> Callable:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..forward.options import REPLACES_LAYERS
-from ..sharding import parallelize
+from ..sharding import shard
 from ..state import build_mesh, is_parallelized
 from ..upstream import patching
 
@@ -155,7 +155,7 @@ def install(config: TPSPConfig) -> Callable[[], None]:
             check_not_quantized(model.config)
             # accelerate, not transformers, trains, saves and resumes this model; nothing else may see the config.
             del model.config.distributed_config
-            return parallelize(model, config)
+            return shard(model, config)
 
         return classmethod(maybe_distribute_model)
 
@@ -167,7 +167,7 @@ def install(config: TPSPConfig) -> Callable[[], None]:
 
         return _initialize_missing_keys
 
-    return patching.replace(
+    return patching.swap(
         (PreTrainedModel, "_initialize_missing_keys", hook_initialize),
         (AutoModelForCausalLM, "from_pretrained", hook_auto),
         (PreTrainedModel, "from_pretrained", hook_load),

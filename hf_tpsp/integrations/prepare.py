@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..sharding import parallelize
+from ..sharding import set_mixed_precision
 from ..state import is_parallelized
-from . import loading
-from .peft import adapters
-from .session import _active
+from ..upstream.patching import swap
+from . import loading, registry, session
 from .trainer import check_accelerator, check_parameters
+
+
+def install() -> Callable[[], None]:
+    """Have `prepare` take sharded models, and shard whole ones. Returns the function that undoes it."""
+    return swap((Accelerator, "prepare", _patch_prepare))
 
 
 def _patch_prepare(original):
@@ -27,9 +33,6 @@ def _patch_prepare(original):
 
     @functools.wraps(original)
     def prepare(self, *args, device_placement=None):
-        from ..sharding import set_mixed_precision
-        from ..state import is_parallelized
-
         replaced = parallelize_prepared(args)
         sharded = [isinstance(arg, nn.Module) and is_parallelized(arg) for arg in args]
         if not any(sharded):
@@ -99,14 +102,14 @@ def parallelize_prepared(args: tuple) -> list[tuple[nn.Module, dict[str, nn.Para
     """
     replaced = []
     for model in args:
-        if not isinstance(model, nn.Module) or not _active or is_parallelized(model):
+        if not isinstance(model, nn.Module) or session.current() is None or is_parallelized(model):
             continue
         lm = next(
             (m for m in model.modules() if isinstance(m, PreTrainedModel) and loading.is_causal_lm(type(m))), None
         )
         if lm is None:
             continue
-        config = _active[0].config
+        config = session.current().config
         check_accelerator(config)
         loading.check_not_quantized(lm.config)
         before = dict(model.named_parameters(remove_duplicate=False))
@@ -116,7 +119,7 @@ def parallelize_prepared(args: tuple) -> list[tuple[nn.Module, dict[str, nn.Para
                 f"{type(model).__name__} has parameters outside of the {type(lm).__name__} that hf_tpsp would shard: "
                 f"{', '.join(outside[:3])}. Prepare the causal LM itself, or prepare this model before hf_tpsp.enable()."
             )
-        parallelize(model if adapters.is_adapted(model) else lm, config)
+        registry.shard(model if registry.wraps(model) else lm, config)
         check_parameters(model)
         replaced.append((model, before))
     return replaced

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 
-from transformers import Trainer
-from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from .. import upstream
-from ..api import _add_callback
 from ..config import TPSPConfig
-from ..upstream import patching
-from . import loading
-from .callback import TPSPCallback, _set_up_again
-from .peft import patches
-from .trainer import _knows_batch, _whole_predictions, patch_label_smoother
+from ..launch import environment
 
-_active: list[Enabled] = []
+_current: Enabled | None = None
+
+
+def current() -> Enabled | None:
+    """The handle of what is in place, if anything is."""
+    return _current
 
 
 class Enabled:
     """The handle of `enable()`: a context manager, or call `disable()`."""
 
-    def __init__(self, config: TPSPConfig, undo: list[Callable[[], None]]):
+    def __init__(self, config: TPSPConfig):
         self.config = config
-        self.integrations: set[str] = set()
-        self._undo = undo
+        self._undo: list[Callable[[], None]] = []
+        self._installed: set[Callable] = set()
+
+    def once(self, install: Callable[[], Callable[[], None]]) -> None:
+        """Call `install`, if it was not yet, and what it returned when everything is undone."""
+        if install not in self._installed:
+            self._installed.add(install)
+            self._undo.append(install())
 
     def disable(self) -> None:
         """Leave transformers and accelerate as they were. Models that are sharded stay so."""
+        global _current
         while self._undo:
             self._undo.pop()()
-        if self in _active:
-            _active.remove(self)
+        self._installed.clear()
+        if _current is self:
+            _current = None
 
     def __enter__(self) -> Enabled:
         return self
@@ -44,36 +49,21 @@ class Enabled:
         self.disable()
 
 
-def _install(config: TPSPConfig, hook_loading: bool) -> Enabled:
-    undo = [
-        _set_environment(config.environment()),
-        upstream.install(),
-        patches.install(),
-        patching.replace(
-            (LabelSmoother, "__call__", patch_label_smoother),
-            (Trainer, "training_step", _knows_batch),
-            (Trainer, "prediction_step", _knows_batch),
-            (Trainer, "prediction_step", _whole_predictions),
-            (Trainer, "call_model_init", _set_up_again),
-        ),
-    ]
+def start(config: TPSPConfig) -> Enabled:
+    """Tell accelerate of the mesh, and put the workarounds for the libraries in place."""
+    global _current
+    handle = Enabled(config)
+    handle.once(lambda: _set_environment(environment(config)))
+    handle.once(upstream.install)
     if int(os.environ.get("RANK", "0")) > 0 and logging.is_progress_bar_enabled():
-        logging.disable_progress_bar()  # one bar while loading, not one of each rank
-        undo.append(logging.enable_progress_bar)
-    handle = Enabled(config, undo)
-    _active.append(handle)  # before the callback is made, which would install the glue if nobody had
-    if hook_loading:
-        undo.append(loading.install(config))
-        undo.append(_add_callback(TPSPCallback(config)))
+        handle.once(_quiet_progress)  # one bar while loading, not one of each rank
+    _current = handle
     return handle
 
 
-def _install_once(integration: str) -> None:
-    """Put an integration's patches in place, until `disable()`. Its library is imported by now."""
-    handle = _active[0]
-    if integration not in handle.integrations:
-        handle.integrations.add(integration)
-        handle._undo.append(importlib.import_module(f".integrations.{integration}", __package__).install())
+def _quiet_progress() -> Callable[[], None]:
+    logging.disable_progress_bar()
+    return logging.enable_progress_bar
 
 
 def _set_environment(values: dict[str, str]) -> Callable[[], None]:

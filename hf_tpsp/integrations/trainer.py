@@ -9,20 +9,21 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ..config import TPSPConfig
 from ..forward import batch_check
 from ..loss.cross_entropy import causal_lm_loss
 from ..loss.logits import LazyLogits
+from ..upstream.patching import swap
+from .contract import Integration
 
 # Optimizers that treat each element alike, whatever the shards; others look at whole rows, blocks or singular values.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
-TRL_CONFIGS = ("SFTConfig", "DPOConfig")
-
-
-# Options of the Trainer and of TRL's that would train something else than one process does: why, and what to do.
+# Options that would train something else than one process does: why, and what to do.
 REFUSED = {
     "auto_find_batch_size": "would have to unshard the model; set per_device_train_batch_size",
     "torch_compile": "would compile the whole model, hooks and all; leave it out and set HF_TPSP_COMPILE=true, which "
@@ -30,28 +31,15 @@ REFUSED = {
     "use_liger_kernel": "puts kernels that know nothing of the shards in place of the model's layers and loss; leave it "
     "out (the loss is computed in chunks anyway)",
     "eval_use_gather_object": "gathers every sample once per TP rank; leave it out",
-    "activation_offloading": "hooks what autograd keeps, as hf_tpsp does; leave it out and set "
-    "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
     "enable_jit_checkpoint": "saves when a timer on each rank says so, and ranks that begin at different steps wait for each "
     "other for ever; leave it out and set save_steps",
     "use_kernels": "puts kernels that know nothing of the shards in place of the model's layers; leave it out",
-    "use_weighting": "needs a number of each token that the head on vocabulary shards does not compute; leave it out",
-    "precompute_ref_log_probs": "hashes the whole reference model, which is sharded; leave it out",
-    "sync_ref_model": "copies whole weights from one sharded model to another; leave it out",
 }
 
 
-def library_of(args) -> str:
-    """The library that a trainer's arguments, or the class they derive from, belong to: "trl" or "transformers"."""
-    modules = [cls.__module__.partition(".")[0] for cls in type(args).__mro__]
-    return "trl" if "trl" in modules else "transformers"
-
-
-def check_training_arguments(args) -> None:
-    """Refuse the `TrainingArguments` that would train something else than one process does. Raises `ValueError`."""
+def refuses(args: TrainingArguments) -> list[str]:
+    """Those of the Trainer's arguments that would train something else than one process does, a sentence each."""
     problems = [f"{name}=True {why}" for name, why in REFUSED.items() if getattr(args, name, False)]
-    if library_of(args) == "trl" and not any(cls.__name__ in TRL_CONFIGS for cls in type(args).__mro__):
-        problems.append(f"{type(args).__name__}: of TRL's trainers, those of {', '.join(TRL_CONFIGS)} are supported")
     if args.mixed_precision == "fp16":
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
     if args.optim not in OPTIMIZERS:
@@ -79,8 +67,7 @@ def check_training_arguments(args) -> None:
         policy = (args.fsdp_config or {}).get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
         if str(policy).upper().rpartition(".")[2] != "NO_WRAP":
             problems.append(f"fsdp_config auto_wrap_policy {policy!r} wraps a model that is sharded; leave `fsdp` out")
-    if problems:
-        raise ValueError("These TrainingArguments do not work with hf_tpsp: " + "; ".join(problems) + ".")
+    return problems
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -156,3 +143,16 @@ def patch_label_smoother(original):
         )
 
     return __call__
+
+
+def install() -> Callable[[], None]:
+    """Put what the Trainer needs around its steps and its loss. Returns the function that undoes it."""
+    return swap(
+        (LabelSmoother, "__call__", patch_label_smoother),
+        (Trainer, "training_step", _knows_batch),
+        (Trainer, "prediction_step", _knows_batch),
+        (Trainer, "prediction_step", _whole_predictions),
+    )
+
+
+TRAINER = Integration(install, refuses=refuses)

@@ -9,24 +9,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from trl.trainer import dpo_trainer, sft_trainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from ..forward.batch_check import beside
 from ..loss.cross_entropy import IGNORE_INDEX, vocab_parallel_statistics
 from ..loss.logits import unread
 from ..state import is_parallelized, parallelized_model
-from ..upstream.patching import replace
+from ..upstream.patching import swap
+from .contract import Integration
 
+CONFIGS = ("SFTConfig", "DPOConfig")
+# Options of TRL's that would train something else than one process does: why, and what to do.
+REFUSED = {
+    "activation_offloading": "hooks what autograd keeps, as hf_tpsp does; leave it out and set "
+    "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
+    "use_weighting": "needs a number of each token that the head on vocabulary shards does not compute; leave it out",
+    "precompute_ref_log_probs": "hashes the whole reference model, which is sharded; leave it out",
+    "sync_ref_model": "copies whole weights from one sharded model to another; leave it out",
+}
 OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits")
 
 
 def install() -> Callable[[], None]:
     """Put the head in the place of TRL's in SFTTrainer and DPOTrainer. Returns the function that undoes it."""
-    return replace(
+    from trl.trainer import dpo_trainer, sft_trainer  # which takes seconds
+
+    return swap(
         (sft_trainer, "add_fused_lm_head", _patch_add_fused_lm_head),
         (dpo_trainer, "add_fused_lm_head", _patch_add_fused_lm_head),
         (sft_trainer.SFTTrainer, "compute_loss", _patch_compute_loss),
@@ -53,7 +64,7 @@ def _patch_add_fused_lm_head(original: Callable) -> Callable:
 
 def _patch_compute_loss(original: Callable) -> Callable:
     """TRL divides its token count by the TP ranks, because accelerate gathers each batch once for each of them. It does
-    not under hf_tpsp (`compat._patch_gather_for_metrics`)."""
+    not under hf_tpsp (`upstream/accelerate.py`)."""
 
     @functools.wraps(original)
     def compute_loss(self, model, *args, **kwargs):
@@ -66,6 +77,8 @@ def _patch_compute_loss(original: Callable) -> Callable:
 
 def fused_forward(forward: Callable, temperature: float = 1.0) -> Callable:
     """`forward` of a parallelized model, with TRL's additional argument `fused_lm_head`."""
+
+    from trl.trainer.utils import FusedCausalLMOutput
 
     @functools.wraps(forward)
     def fused(
@@ -99,3 +112,21 @@ def fused_forward(forward: Callable, temperature: float = 1.0) -> Callable:
         )
 
     return fused
+
+
+def is_of_trl(args: Any) -> bool:
+    """Whether a trainer's arguments, or a class that they derive from, are TRL's."""
+    return "trl" in (cls.__module__.partition(".")[0] for cls in type(args).__mro__)
+
+
+def refuses(args: Any) -> list[str]:
+    """Those of TRL's trainers and options that are not supported, a sentence each."""
+    if not is_of_trl(args):
+        return []
+    problems = [f"{name}=True {why}" for name, why in REFUSED.items() if getattr(args, name, False)]
+    if not any(cls.__name__ in CONFIGS for cls in type(args).__mro__):
+        problems.append(f"{type(args).__name__}: of TRL's trainers, those of {', '.join(CONFIGS)} are supported")
+    return problems
+
+
+TRL = Integration(install, applies=is_of_trl, refuses=refuses)

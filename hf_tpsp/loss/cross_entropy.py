@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..collectives import SEQUENCE, plain
 from ..upstream.autograd import without_inference_mode
-from ..upstream.dtensor import _loss_parallel
+from ..upstream.dtensor import loss_parallel
 from ..vocabulary import require_inside
 from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
 from .logits import LazyLogits
@@ -57,7 +57,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         dtype = local_logits.dtype
         local_logits = local_logits.detach().to(torch.promote_types(dtype, torch.float32))
         needs_grad = ctx.needs_input_grad[0]
-        with torch.set_grad_enabled(needs_grad), _loss_parallel():
+        with torch.set_grad_enabled(needs_grad), loss_parallel():
             logits = DTensor.from_local(
                 local_logits, mesh, [Shard(1)], run_check=False, shape=shape, stride=(vocab_size, 1)
             ).requires_grad_(needs_grad)

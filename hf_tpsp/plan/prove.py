@@ -23,7 +23,7 @@ from ..collectives import chunk_of
 from ..config import TPSPConfig
 from ..structure import first_tensor
 from ..styles.registry import style_for
-from .record import RANKS, TOKENS, Call, _aside, _detached, _Glue, parameter_names
+from .record import RANKS, TOKENS, Call, OwnOperations, aside, detached, parameter_names
 from .shrink import shrunk_like
 
 LIMIT = 1e-4  # relative, in fp32: a wrong layout is off by as much as the output itself
@@ -40,7 +40,7 @@ class Twin:
 
     def __init__(self, model: PreTrainedModel, stems: Iterable[str], every_layer: bool = False):
         self.stems = tuple(f"{stem}." for stem in stems)
-        with _aside():
+        with aside():
             self.model = shrunk_like(model, every_layer).eval()
         self.modules = dict(self.model.named_modules())
         for module in self.modules.values():  # the proof is run in training mode too
@@ -58,7 +58,7 @@ class Twin:
         calls: dict[str, Call] = {}
         open_calls: list[tuple[str, tuple, dict]] = []
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        glue = _Glue(open_calls, embedding)
+        glue = OwnOperations(open_calls, embedding)
         for stem in self.stems:  # parameters of the layers, or of what they are in, are laid out for the stream
             parts = stem.split(".")
             for owner in (
@@ -70,7 +70,7 @@ class Twin:
 
         def before(name):
             def hook(module, args, kwargs):
-                open_calls.append((name, *_detached((args, kwargs))))
+                open_calls.append((name, *detached((args, kwargs))))
                 if f"{name.rpartition('.')[0]}." in self.stems:
                     glue.layers_began = True
                     glue.follow(first_tensor([*args, *kwargs.values()]))
@@ -114,7 +114,7 @@ class Twin:
 
         self.model.loss_function = loss_function
         self.calls_loss_function = False
-        with torch.no_grad(), _aside(), glue:
+        with torch.no_grad(), aside(), glue:
             self.model(input_ids=ids, labels=ids, use_cache=False)
         self.reads_embedding = glue.reader
         for name, operation in glue.found:
@@ -164,7 +164,7 @@ class Twin:
         call, whole = self.calls[name], self.modules[name]
         for training in (False, True):
             try:
-                with torch.no_grad(), _aside():
+                with torch.no_grad(), aside():
                     output = compute(training)
                     expected = call.output
                     if training:

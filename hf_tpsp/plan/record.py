@@ -101,7 +101,7 @@ SPELLINGS = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul":
 OURS = {"get", "size", "dim", "is_floating_point", "detach", "equal", "clone"}  # questions, and the recording's own
 
 
-class _Glue(TorchFunctionMode):
+class OwnOperations(TorchFunctionMode):
     """Notes the operations on tensors along the sequence, with the module in whose own forward they are."""
 
     def __init__(self, open_calls: list, embedding: nn.Module):
@@ -145,21 +145,21 @@ def parameter_names(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _detached(x: Any) -> Any:
+def detached(x: Any) -> Any:
     """Tensors copied, for a module may write into what it was given; all else as it is."""
     if isinstance(x, Tensor):
         return x.detach().clone()
     if isinstance(x, tuple):
-        return type(x)(*map(_detached, x)) if hasattr(x, "_fields") else tuple(map(_detached, x))
+        return type(x)(*map(detached, x)) if hasattr(x, "_fields") else tuple(map(detached, x))
     if isinstance(x, list):
-        return [_detached(v) for v in x]
+        return [detached(v) for v in x]
     if type(x) is dict:
-        return {k: _detached(v) for k, v in x.items()}
+        return {k: detached(v) for k, v in x.items()}
     return x
 
 
 @contextlib.contextmanager
-def _aside() -> Iterator[None]:
+def aside() -> Iterator[None]:
     """On the CPU, whatever device the model is made on; the caller's random numbers stay; and transformers has things to say
     of a random copy that nobody needs to hear."""
     before = logging.get_verbosity()

@@ -18,7 +18,7 @@ from .registry import style_for
 from .stream import Stream
 
 
-def _apply_plan(
+def apply_plan(
     model: PreTrainedModel, plan: dict[str, str], gradients: ReplicatedGradients, config: TPSPConfig
 ) -> None:
     for name, module in list(model.named_modules()):
@@ -43,7 +43,7 @@ def _hand_over(module: nn.Module, owner: Block | Stream | None) -> None:
         _hand_over(child, owner)
 
 
-def _share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
+def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
     """Have the auxiliary loss of an MoE model reach its routers once, and not from each rank.
 
     A router inside a split block adds up the ranks' gradients (`Replica`). All ranks compute the auxiliary loss alike, from
@@ -71,6 +71,6 @@ def _routers(block: nn.Module) -> Iterator[nn.Module]:
         yield from (m for m in block.modules() if type(vars(m).get("_tpsp_style")) is Replica)
 
 
-def _check_sharded(model: nn.Module) -> None:
+def check_sharded(model: nn.Module) -> None:
     plain = [name for name, param in model.named_parameters() if not isinstance(param, DTensor)]
     assert not plain, f"the plan was checked to be complete, yet these parameters are plain tensors: {plain}"

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from ..collectives import _ReduceFromRegion, local_slice, scatter_sequence, to_local
+from ..collectives import ReduceFromRegion, local_slice, scatter_sequence, to_local
 from ..config import TPSPConfig
 from .gradients import ReplicatedGradients
 
@@ -129,4 +129,4 @@ class Style:
         """Sum the ranks' terms `[batch, seq, hidden]` into the stream: reduce-scatter, or all-reduce without SP."""
         if self.sequence_parallel:
             return scatter_sequence(partial, mesh)
-        return _ReduceFromRegion.apply(partial, mesh)
+        return ReduceFromRegion.apply(partial, mesh)

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..collectives import (
     SEQUENCE,
+    CopyToRegion,
     OneShare,
-    _CopyToRegion,
-    _OwnTerm,
-    _ReduceFromRegion,
+    OwnTerm,
+    ReduceFromRegion,
     enter_region,
     gather_whole,
     scatter_sequence,
@@ -208,7 +208,7 @@ class Block(Style):
 
     def leave_whole(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
         """What a rank computed, as the plain whole tensor."""
-        return _ReduceFromRegion.apply(partial, mesh)
+        return ReduceFromRegion.apply(partial, mesh)
 
     def write_back(self, entered: list[tuple[Tensor, Tensor, int]], mesh: DeviceMesh) -> None:
         """If the block wrote into what it was given, have its caller see it, as in one process.
@@ -233,7 +233,7 @@ class Block(Style):
 
     def written(self, full: Tensor, mesh: DeviceMesh, is_sharded: bool) -> Tensor:
         """What the caller sees of the stream `full`, into which every rank has written alike."""
-        return _OwnTerm.apply(full, mesh) if is_sharded else OneShare.apply(full, mesh.size())
+        return OwnTerm.apply(full, mesh) if is_sharded else OneShare.apply(full, mesh.size())
 
     def exit_beside(self, x: Any, mesh: DeviceMesh) -> Any:
         """What a module returns beside its output (a router's logits, attention weights)."""
@@ -261,7 +261,7 @@ class Gather(Block):
         mesh = gradients.mesh
 
         def other(x: Tensor) -> Tensor:  # each rank's gradient of what all ranks hold is a term of the sum
-            return _CopyToRegion.apply(x, mesh) if x.is_floating_point() and x.requires_grad else x
+            return CopyToRegion.apply(x, mesh) if x.is_floating_point() and x.requires_grad else x
 
         entered: list[tuple[Tensor, Tensor, int]] = []
         with self.local_parameters(module, gradients), contextlib.ExitStack() as stack:

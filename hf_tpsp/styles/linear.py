@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from ..collectives import _CopyToRegion, chunk_of, local_slice, own_features, sharded_features
+from ..collectives import CopyToRegion, chunk_of, local_slice, own_features, sharded_features
 from ..config import TPSPConfig
 from ..structure import features, is_transposed
 from . import recompute
@@ -106,7 +106,7 @@ class WholeColwise(Colwise):
 
     def run(self, module, inner, gradients, args, kwargs):
         (x,) = args
-        out = super().run(module, inner, gradients, (_CopyToRegion.apply(x, gradients.mesh),), kwargs)
+        out = super().run(module, inner, gradients, (CopyToRegion.apply(x, gradients.mesh),), kwargs)
         return gather_features(out, module, gradients.mesh, Replicate())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 
 import accelerate.state
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, recursively_apply
 
 from ..config import environment_flag
@@ -95,3 +97,12 @@ def _patch_gather_for_metrics(original):
             del self.gather
 
     return gather_for_metrics
+
+
+PATCHES = (
+    (accelerate.state.AcceleratorState, "__init__", _patch_accelerator_state),
+    (ParallelismConfig, "dp_shard_enabled", _patch_dp_shard_enabled),
+    (Accelerator, "dispatch_batches", _patch_dispatch_batches),
+    (AcceleratedScheduler, "step", _patch_scheduler),
+    (Accelerator, "gather_for_metrics", _patch_gather_for_metrics),
+)

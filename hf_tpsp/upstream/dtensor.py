@@ -130,7 +130,7 @@ def average_whole_parameters() -> None:
 
 
 @contextlib.contextmanager
-def _loss_parallel() -> Iterator[None]:
+def loss_parallel() -> Iterator[None]:
     """torch's `loss_parallel`, left also by an exception, and harmless inside the caller's own.
 
     torch 2.13 (tensor/parallel/loss.py) does neither. Delete when it does.
@@ -145,3 +145,10 @@ def _loss_parallel() -> Iterator[None]:
         yield
     finally:
         context.__exit__(None, None, None)
+
+
+PATCHES = (
+    (DTensor, "__create_write_items__", _patch_write_items),
+    (DTensor, "__create_chunk_list__", _patch_chunk_list),
+    (DTensor, "__get_tensor_shard__", _patch_tensor_shard),
+)

@@ -89,17 +89,19 @@ class HiddenGroup:
         self._unshard(async_op)
 
 
+def is_before_first_forward(model: nn.Module) -> bool:
+    """Whether FSDP2's root `model` was never called, so that FSDP2 has yet to look at its parameters."""
+    return model._get_fsdp_state()._is_root is None
+
+
 def start_forward(model: nn.Module) -> None:
     """Ready FSDP2's root `model` for a forward of it or of a part of it, also after a backward that raised.
 
     torch 2.13 takes the first module that is called for its root, and after an exception it goes on where it stopped, unless
     `reset_iter_state` is called. Delete what it does itself.
     """
-    from ..forward.options import check_dtypes
-
     state = model._get_fsdp_state()
-    if state._is_root is None:  # the first forward: torch would fail in an assertion
-        check_dtypes(model)
+    if is_before_first_forward(model):
         state._lazy_init()
     else:
         follow_dtypes(model)

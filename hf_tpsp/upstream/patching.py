@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def replace(*patches: tuple[object, str, Callable]) -> Callable[[], None]:
+def swap(*patches: tuple[object, str, Callable]) -> Callable[[], None]:
     """For each `(owner, name, make)`, put `make(original)` in the place of `owner.name`. Returns the function that puts
     the originals back."""
     originals = []

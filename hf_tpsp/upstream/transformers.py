@@ -9,18 +9,16 @@ import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+from transformers.integrations import neftune
 from transformers.trainer_utils import HubStrategy
 
 from ..config import environment_flag
+from ..state import is_parallelized, saved_state_dict
 
 
 def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) -> None:
     """Write the whole model as a Hugging Face folder, or its adapter as peft's. Every rank must call it."""
-    from ..integrations.peft.adapters import adapter_state_dict, is_adapted
-    from ..state import full_state_dict
-
-    model = trainer.model
-    trainer._save(output_dir, state_dict=adapter_state_dict(model) if is_adapted(model) else full_state_dict(model))
+    trainer._save(output_dir, state_dict=saved_state_dict(trainer.model))
 
 
 def _patch_save_model(original):
@@ -29,8 +27,6 @@ def _patch_save_model(original):
 
     @functools.wraps(original)
     def save_model(self, output_dir=None, _internal_call=False):
-        from ..state import is_parallelized
-
         if _internal_call or not is_parallelized(self.model):
             return original(self, output_dir, _internal_call)
         _write_folder(self, output_dir)
@@ -47,8 +43,6 @@ def _patch_push(original):
 
     @functools.wraps(original)
     def push(self, *args, **kwargs):
-        from ..state import is_parallelized
-
         at_checkpoint = original.__name__ == "_push_from_checkpoint"
         if is_parallelized(self.model) and not (at_checkpoint and self.args.hub_strategy == HubStrategy.END):
             _write_folder(self)
@@ -163,3 +157,15 @@ def spare_grouped_mm(model: PreTrainedModel, tp_size: int) -> str | None:
         f"grouped matrix products take widths that divide by 8, and at tp {tp_size} each rank has {listed} of the experts'; "
         f"they run one by one (experts_implementation='eager'). A width that divides by {8 * tp_size}, or a smaller tp, is faster"
     )
+
+
+PATCHES = (
+    (neftune, "neftune_post_forward_hook", _patch_neftune),
+    (transformers.TrainingArguments, "__post_init__", _patch_training_arguments),
+    (transformers.Trainer, "save_model", _patch_save_model),
+    (transformers.Trainer, "push_to_hub", _patch_push),
+    (transformers.Trainer, "_push_from_checkpoint", _patch_push),
+    (transformers.Trainer, "_track_num_input_tokens", _patch_track_tokens),
+    (transformers.Trainer, "store_flos", _patch_store_flos),
+    (transformers.Trainer, "_get_num_items_in_batch", _patch_num_items),
+)

@@ -10,8 +10,9 @@ from test_trainer import Rows, assert_equal_logs, train, train_on_mesh
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.guard import OutOfVocabulary
 from hf_tpsp.integrations.trl import fused_forward
+from hf_tpsp.loss.cross_entropy import causal_lm_loss
+from hf_tpsp.vocabulary import OutOfVocabulary
 
 MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
 LOSSES = ("chunked", "loss_parallel")
@@ -110,7 +111,7 @@ def no_labels_smoothed_or_fused(kind: str) -> list[bool]:
         loss = model(batch["input_ids"], labels=labels, **options).loss
     else:
         logits = model(batch["input_ids"]).logits
-        loss = hf_tpsp.loss.causal_lm_loss(logits, labels, num_items_in_batch=torch.tensor(0), label_smoothing=0.1)
+        loss = causal_lm_loss(logits, labels, num_items_in_batch=torch.tensor(0), label_smoothing=0.1)
     loss.backward()
     return [not parity.full(p.grad).any() and not parity.full(p.grad).isnan().any() for p in model.parameters()]
 

@@ -12,7 +12,10 @@ import transformers
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.comparison import (
+from hf_tpsp.forward.options import check_dtypes
+from hf_tpsp.integrations.registry import check_arguments
+from hf_tpsp.state import parallelized_model
+from hf_tpsp.tools.verify.comparison import (
     Errors,
     compare_gradients,
     full,
@@ -21,10 +24,7 @@ from hf_tpsp.comparison import (
     shard_batch,
     train_beside,
 )
-from hf_tpsp.options import check_dtypes
-from hf_tpsp.parallelize import parallelized_model
-from hf_tpsp.trainer import check_training_arguments
-from hf_tpsp.verify import build
+from hf_tpsp.tools.verify.verify import build
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ from hf_tpsp.verify import build
 def test_refused_by_name(tmp_path, option):
     args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **option)
     with pytest.raises(ValueError, match=list(option)[-1]):
-        check_training_arguments(args)
+        check_arguments(args)
 
 
 def trained(reference, model, optimizer, config, backward, steps=3):

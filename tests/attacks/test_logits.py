@@ -9,10 +9,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
-from hf_tpsp.comparison import Errors, compare_gradients, full, relative, relative_number, shard_batch
 from hf_tpsp.integrations.trl import fused_forward
-from hf_tpsp.logits import LazyLogits
-from hf_tpsp.loss import vocab_parallel_statistics
+from hf_tpsp.loss.cross_entropy import vocab_parallel_statistics
+from hf_tpsp.loss.logits import LazyLogits
+from hf_tpsp.tools.verify.comparison import Errors, compare_gradients, full, relative, relative_number, shard_batch
 
 LOSSES = ("chunked", "loss_parallel")
 MIN, WORDS, FIRST = torch.finfo(torch.float32).min, 131, 97

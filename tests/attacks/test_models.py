@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.comparison import full, larger, relative, shard_batch
-from hf_tpsp.shrink import randomize
+from hf_tpsp.plan.shrink import randomize
+from hf_tpsp.tools.verify.comparison import full, larger, relative, shard_batch
 
 SMALL = {
     "mixtral": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.comparison import full, larger, relative
+from hf_tpsp.tools.verify.comparison import full, larger, relative
 
 MESHES = {
     "1x2": TPSPConfig(tp_size=2),
@@ -255,7 +255,7 @@ def test_inside_of_a_layer(ranks):
 
 def another_model_of_the_process() -> float:
     """openai-gpt's activation function is one object for all models: sharding one must leave the others as they are."""
-    from hf_tpsp.verify import build
+    from hf_tpsp.tools.verify.verify import build
 
     reference, model = (build("openai-gpt", torch.float32, 131, {}).eval() for _ in range(2))
     ids = torch.arange(9).unsqueeze(0)

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.comparison import full, larger, relative, shard_batch
+from hf_tpsp.tools.verify.comparison import full, larger, relative, shard_batch
 
 SMALL = {
     "num_hidden_layers": 2, "vocab_size": 131, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -45,7 +45,7 @@ LOSSES = {f.__name__: f for f in (on_hidden, on_first_hidden_in_place, hidden_al
 def build(model_type: str, settings: dict):
     if model_type in models.ARCHITECTURES:
         return models.build(model_type, **settings)
-    from hf_tpsp.shrink import randomize
+    from hf_tpsp.plan.shrink import randomize
 
     config = __import__("transformers").AutoConfig.for_model(model_type, **{**SMALL, **settings})
     config._attn_implementation = "eager"

@@ -21,6 +21,8 @@ at the end of each backward: one all-reduce over the TP ranks, with those of the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.distributed as dist
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,11 +32,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from ...config import TPSPConfig
-from ...sharding import parallelize
+from ...sharding import shard
 from ...state import cut_whole_tensors, full_state_dict, parallelized_model
 from ...styles.base import Style
 from ...styles.gradients import ReplicatedGradients
-from .layouts import _copies, _layouts
+from .layouts import adapter_layouts, copy_layouts
 
 
 def check_config(config: PeftConfig, on_shards: bool = False) -> None:
@@ -73,8 +75,13 @@ def adapter_state_dict(model: PeftModel) -> dict[str, Tensor]:
     return full_state_dict(model, ours)
 
 
-def parallelize_adapted(model: PeftModel, config: TPSPConfig) -> PeftModel:
-    """`parallelize` for a model in memory that peft has wrapped: the base model first, as if nothing had been added."""
+def saved_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What a folder of `model` holds: the adapters, as long as peft wraps it."""
+    return adapter_state_dict(model) if is_adapted(model) else full_state_dict(model)
+
+
+def shard_adapted(model: PeftModel, config: TPSPConfig) -> PeftModel:
+    """`sharding.shard` for a model in memory that peft has wrapped: the base model first, as if nothing had been added."""
     for peft_config in model.peft_config.values():
         check_config(peft_config)
     base = model.get_base_model()
@@ -84,7 +91,7 @@ def parallelize_adapted(model: PeftModel, config: TPSPConfig) -> PeftModel:
     for name, module in saved.items():
         base.set_submodule(name, module.original_module)
     try:
-        parallelize(base, config)
+        shard(base, config)
     finally:
         for name, module in (adapted | saved).items():
             base.set_submodule(name, module)
@@ -110,8 +117,10 @@ def shard_adapters(model: PeftModel) -> None:
     for config in model.peft_config.values():
         check_config(config)
     adapted, saved = _added(model)
-    layouts = [layout for name, module in adapted.items() for layout in _layouts(name, module, base._tpsp.config)]
-    layouts += [layout for wrapper in saved.values() for layout in _copies(wrapper)]
+    layouts = [
+        layout for name, module in adapted.items() for layout in adapter_layouts(name, module, base._tpsp.config)
+    ]
+    layouts += [layout for wrapper in saved.values() for layout in copy_layouts(wrapper)]
     owned = {id(p) for module in (adapted | saved).values() for p in module.parameters()}
     plain = [n for n, p in model.named_parameters() if not isinstance(p, DTensor) and id(p) not in owned]
     if plain:
@@ -124,6 +133,7 @@ def shard_adapters(model: PeftModel) -> None:
     gradients.average_over(base._tpsp.mesh)
     for module, style in layouts:
         _shard(module, style, mesh, gradients)
+    base._tpsp = replace(base._tpsp, saved=saved_state_dict)
 
 
 def _shard(module: nn.Module, style: Style, mesh: DeviceMesh, gradients: ReplicatedGradients) -> None:

@@ -59,9 +59,9 @@ class Adapter(Style):
         return out if self.rows is None else out.index_select(-1, self.rows.to(out.device))
 
 
-def _copies(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]:
+def copy_layouts(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]:
     """The trained copies that `wrapper` holds, and their layout: the original's."""
-    _check_copied(wrapper.original_module)
+    check_copied(wrapper.original_module)
     layouts = []
     for module in wrapper.modules_to_save.values():
         style = copy.copy(style_of(wrapper.original_module))
@@ -70,7 +70,7 @@ def _copies(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]:
     return layouts
 
 
-def _check_copied(original: nn.Module) -> None:
+def check_copied(original: nn.Module) -> None:
     """Raise `ValueError` unless a copy of `original`, a module of a sharded model, can be laid out as it is."""
     style = style_of(original)
     if not isinstance(style, (Embedding, Head, Norm)) or (isinstance(style, Replica) and not is_norm(original)):
@@ -80,7 +80,7 @@ def _check_copied(original: nn.Module) -> None:
         )
 
 
-def _layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> list[tuple[nn.Module, Style]]:
+def adapter_layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> list[tuple[nn.Module, Style]]:
     """The modules of the adapters on the layer `name`, and their layouts."""
     base = module.get_base_layer()
     style = style_of(base)

@@ -15,14 +15,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ...state import is_parallelized, style_of
-from ...upstream.patching import replace
+from ...upstream.patching import swap
 from .adapters import adapter_state_dict, check_config, shard_adapters
-from .layouts import _check_copied
+from .layouts import check_copied
 
 
 def install() -> Callable[[], None]:
     """Have `get_peft_model` on a sharded model shard the adapters. Returns the function that undoes it."""
-    return replace(
+    return swap(
         (LoraLayer, "_get_in_out_features", _patch_features),
         (PeftModel, "__init__", _patch_init),
         (PeftModel, "save_pretrained", _patch_save_pretrained),
@@ -80,7 +80,7 @@ def _patch_update(original: Callable) -> Callable:
     @functools.wraps(original)
     def update(self, *args, **kwargs):
         if any(style_of(module) for module in self.original_module.modules()):
-            _check_copied(self.original_module)
+            check_copied(self.original_module)
         with _whole(self.original_module):
             original(self, *args, **kwargs)
         self.original_module.requires_grad_(False)

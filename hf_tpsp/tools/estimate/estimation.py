@@ -18,7 +18,7 @@ from ...config import TPSPConfig
 from ...launch import SHIPPED
 from ...plan.planner import plan_for
 from .depth import layer_kinds
-from .hardware import FLOP_RATES, GIB, Hardware, MeshEstimate, _judge
+from .hardware import FLOP_RATES, GIB, Hardware, MeshEstimate, judge
 from .meshes import legal_meshes, model_config
 from .simulate import Job, build_on_meta, simulate, simulated_world
 
@@ -123,7 +123,7 @@ def estimate(
             progress(
                 f"{mesh.dp_replicate_size} x {mesh.dp_shard_size} x {mesh.tp_size}, {job.batch} x {job.seq} tokens{why}"
             )
-        return _judge(simulate(config, mesh, job, kinds), mesh, job, hardware)
+        return judge(simulate(config, mesh, job, kinds), mesh, job, hardware)
 
     with _quiet(), simulated_world(gpus, backend):
         found: dict[TPSPConfig, MeshEstimate] = {}

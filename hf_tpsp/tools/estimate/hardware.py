@@ -149,7 +149,7 @@ class MeshEstimate:
         return self.tokens / self.step_seconds / (self.dp_replicate * self.dp_shard * self.tp)
 
 
-def _judge(step: Step, mesh: TPSPConfig, job: Job, hardware: Hardware) -> MeshEstimate:
+def judge(step: Step, mesh: TPSPConfig, job: Job, hardware: Hardware) -> MeshEstimate:
     """The recorded step against the hardware."""
     moment, at_peak = step.peak()
     peak = int(at_peak.sum())

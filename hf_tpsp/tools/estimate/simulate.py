@@ -38,10 +38,10 @@ from transformers import (
 
 from ...collectives import stream_spec
 from ...config import TPSPConfig
-from ...sharding import keep_fp32_masters, parallelize
+from ...sharding import keep_fp32_masters, shard
 from ...structure import decoder_layers
 from ...upstream.fsdp2 import unsharded_numels
-from ...upstream.patching import replace
+from ...upstream.patching import swap
 from .depth import deepen, depths, layer_kinds, shortened
 from .floors import Traffic, check_floor, collective_floor, fsdp_floor
 from .recorders import local_part
@@ -118,7 +118,7 @@ def simulated_world(size: int, backend: str = "nccl") -> Iterator[None]:
     PartialState._shared_state.clear()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    restore = replace((dist, "get_backend", lambda original: lambda group=None: backend))
+    restore = swap((dist, "get_backend", lambda original: lambda group=None: backend))
     try:
         yield
     finally:
@@ -163,7 +163,7 @@ def simulate_step(config: PreTrainedConfig, choices: TPSPConfig, job: Job) -> St
 
         with torch.device("meta"):
             model = get_peft_model(model, LoraConfig(r=job.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
-    parallelize(model, choices)
+    shard(model, choices)
     if choices.mixed_precision == "bf16":
         keep_fp32_masters(model)
     with FakeTensorMode(allow_non_fake_inputs=True):

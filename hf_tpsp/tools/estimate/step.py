@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...loss.chunked import ChunkedHead
 from ...state import MESH_DIMS, parallelized_model
 from ...structure import decoder_layers
-from ...upstream.patching import replace
+from ...upstream.patching import swap
 from .floors import Traffic
 from .recorders import CollectiveBytes, Flops, TensorBytes, local_part
 
@@ -128,7 +128,7 @@ def _told_apart(memory: TensorBytes) -> Iterator[None]:
 
         return labelled
 
-    restore = replace(
+    restore = swap(
         (fsdp, "foreach_all_gather", label),
         (fsdp, "foreach_reduce", label),
         (fsdp.FSDPParamGroup, "wait_for_unshard", label),
@@ -157,7 +157,7 @@ def _alike_chunks_once(*counters: CollectiveBytes | Flops) -> Iterator[None]:
 
         return chunks
 
-    restore = replace((ChunkedHead, "chunks", abridge))
+    restore = swap((ChunkedHead, "chunks", abridge))
     try:
         yield
     finally:

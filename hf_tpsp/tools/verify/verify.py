@@ -98,14 +98,14 @@ class Result:
 
 def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int) -> dict[str, Any]:
     """Train the model that `build` makes, and the same parallelized, on every rank. Returns fields of a `Result`."""
-    from ...sharding import parallelize
+    from ...sharding import shard
 
     reference, model = build(), build()
     if dist.get_rank() > 0:  # parallelize must take rank 0's
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-    parallelize(model, config)
+    shard(model, config)
     set_training(reference, model)
     mesh, plan = model._tpsp.mesh, model._tpsp.plan
     vocabulary = reference.get_input_embeddings().num_embeddings

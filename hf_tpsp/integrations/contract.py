@@ -1,0 +1,31 @@
+"""What an integration is: all that hf_tpsp does for one library, in one file, by one contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config import TPSPConfig
+
+
+@dataclass(frozen=True)
+class Integration:
+    """One library that a script may use. A new one is a file with one of these, and a line in `registry.py`.
+
+    Attributes:
+        install: puts what the library needs in place, and returns the function that undoes it.
+        applies: whether a trainer with these arguments is the library's; the integration is installed when the first such
+            trainer is made, for its import may be slow. None: it is installed by `enable()`.
+        refuses: of a trainer's arguments, those that would train something else than one process does: a sentence each.
+        wraps: whether a model is a causal LM that the library has put parameters of its own around.
+        shard: shards such a model, in place.
+    """
+
+    install: Callable[[], Callable[[], None]]
+    applies: Callable[[Any], bool] | None = None
+    refuses: Callable[[Any], list[str]] = lambda args: []
+    wraps: Callable[[nn.Module], bool] = lambda model: False
+    shard: Callable[[nn.Module, TPSPConfig], nn.Module] | None = None

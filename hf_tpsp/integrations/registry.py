@@ -1,0 +1,43 @@
+"""The integrations, and the questions that are asked of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .. import sharding
+from ..config import TPSPConfig
+from . import session
+from .peft import PEFT
+from .trainer import TRAINER
+from .trl import TRL
+
+INTEGRATIONS = (TRAINER, PEFT, TRL)
+
+
+def install(handle: session.Enabled, args: Any = None) -> None:
+    """Put in place what is needed always, or by a trainer with these arguments. Does nothing a second time."""
+    for integration in INTEGRATIONS:
+        if integration.applies is None or (args is not None and integration.applies(args)):
+            handle.once(integration.install)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse a trainer's arguments that would train something else than one process does. Raises `ValueError`."""
+    problems = [problem for integration in INTEGRATIONS for problem in integration.refuses(args)]
+    if problems:
+        raise ValueError("These TrainingArguments do not work with hf_tpsp: " + "; ".join(problems) + ".")
+
+
+def wraps(model: nn.Module) -> bool:
+    """Whether a library has put parameters of its own around the causal LM in `model`, and knows how to shard both."""
+    return any(integration.wraps(model) for integration in INTEGRATIONS)
+
+
+def shard(model: nn.Module, config: TPSPConfig) -> nn.Module:
+    """`sharding.shard`, or what the library that wraps `model` makes of it."""
+    for integration in INTEGRATIONS:
+        if integration.wraps(model):
+            return integration.shard(model, config)
+    return sharding.shard(model, config)
