@@ -1,0 +1,23 @@
+"""`hf-tpsp`: make an accelerate config, print a model's plan, compare an architecture with one process, estimate a run.
+
+A file for each command: `add` says what it takes, `run` does it. What a command alone needs it imports in `run`, so that
+`--help` and `config` need neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from . import config, estimate, plan, verify
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="hf-tpsp", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (config, plan, verify, estimate):
+        command.add(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"hf-tpsp: {error}\n")

@@ -1,0 +1,120 @@
+"""`hf-tpsp verify`: compare an architecture with one process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .mesh import add_mesh_arguments, mesh_config
+
+if TYPE_CHECKING:
+    from ..tools.verify.verify import Result
+
+
+def add(commands) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="compare an architecture with one process: loss, every gradient, weights",
+        description="Builds a small random copy of an architecture, trains it on ranks that it starts on this machine, and "
+        "compares loss, every gradient and the weights after two steps with one process. Exits with 1 if they differ. Runs the "
+        "code in a checkpoint folder that has its own.",
+    )
+    verify.add_argument("model", nargs="?", metavar="MODEL_TYPE|PATH", help="a model type of transformers, or a folder")
+    add_mesh_arguments(verify, tp=2)
+    verify.add_argument("--seq", type=int, default=17, metavar="N", help="tokens of a row (default 17)")
+    verify.add_argument("--vocab", type=int, default=131, metavar="N", help="vocabulary of the copy (default 131)")
+    verify.add_argument("--dtype", choices=("fp32", "fp64"), default="fp32", help="default fp32")
+    verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    verify.add_argument(
+        "--all", action="store_true", help="every causal-LM model type of transformers; writes SUPPORT.md"
+    )
+    verify.add_argument("--only", nargs="+", metavar="TYPE", help="with --all: these model types")
+    verify.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="with --all: sets of ranks side by side (default 1)"
+    )
+    verify.add_argument(
+        "--results", type=Path, default=Path("verify.json"), help="with --all: what was found, and is not run again"
+    )
+    verify.add_argument(
+        "-o", "--output", type=Path, default=Path("SUPPORT.md"), help="with --all: the table (default SUPPORT.md)"
+    )
+    verify.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..tools.verify.verify import verify
+
+    if args.all == bool(args.model):
+        raise ValueError("verify takes a model type or a folder, or --all.")
+    if args.all:
+        return run_all(args)
+    result = verify(
+        args.model,
+        mesh_config(args),
+        length=args.seq,
+        vocabulary=args.vocab,
+        dtype=f"float{args.dtype.removeprefix('fp')}",
+    )
+    if args.json:
+        print(json.dumps({**asdict(result), "is_equal": result.is_equal}))
+    else:
+        print_result(result)
+    if not result.is_equal:
+        sys.exit(1)
+
+
+def print_result(result: Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if result.error:
+        console.print(f"{result.model_type}: [bold]refused[/]. {result.error}", highlight=False)
+        return
+    title = (
+        f"{result.model_type}, FSDP {result.dp_size} x TP {result.tp_size}, {result.length} tokens, {result.dtype}: "
+    )
+    table = Table(
+        title=title + ("equal to one process" if result.is_equal else "DIFFERS from one process"), title_justify="left"
+    )
+    for column in ("", "largest relative error", "limit", "where"):
+        table.add_column(column)
+    table.add_row("loss", f"{result.loss:.1e}", f"{result.limit:.0e}", "")
+    table.add_row("gradients", f"{result.gradient:.1e}", f"{result.limit:.0e}", result.parameter)
+    table.add_row("weights after 2 steps", f"{result.weights:.1e}", f"{result.weights_limit:.0e}", "")
+    console.print(table)
+    layers = ", ".join(f"{count} {kind}" for kind, count in result.collectives.items())
+    console.print(f"collectives of a decoder layer, forward and backward: {layers or 'none'}", highlight=False)
+    sequence = "on" if result.sequence_parallel else "off"
+    console.print(
+        f"sequence parallel {sequence}, loss parallel {'on' if result.loss_parallel else 'off'}", highlight=False
+    )
+    for note in result.notes:
+        console.print(f"- {note}", highlight=False)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ..tools.verify import support
+
+    names = args.only or support.model_types()
+    if unknown := sorted(set(names) - set(support.model_types())):
+        raise ValueError(f"transformers has no causal LM of type {', '.join(unknown)}.")
+    verdicts = []
+    with Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        task = progress.add_task("verify", total=len(names))
+        for verdict in support.check_all(names, args.tp, args.jobs, args.results):
+            verdicts.append(verdict)
+            progress.update(task, advance=1, description=verdict.model_type)
+            if not verdict.is_equal:
+                progress.console.print(f"{verdict.model_type}: {verdict.error or 'DIFFERS'}", highlight=False)
+    args.output.write_text(support.markdown(verdicts, args.tp))
+    wrong = [v.model_type for v in verdicts if not v.error and not v.is_equal]
+    print(f"{sum(v.is_equal for v in verdicts)} of {len(verdicts)} equal to one process; the table is in {args.output}")
+    if wrong:
+        sys.exit(f"hf-tpsp: not equal, and not refused: {', '.join(wrong)}")
