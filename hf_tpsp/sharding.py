@@ -32,7 +32,7 @@ from .state import (
 )
 from .structure import decoder_layers, owners_of_layers
 from .styles.apply import apply_plan, check_sharded, share_router_logits
-from .styles.gradients import ReplicatedGradients
+from .styles.base import TensorParallel
 from .styles.recompute import selective_contexts
 from .upstream import dtensor, fsdp2, transformers
 from .witness.witness import Witness
@@ -57,10 +57,11 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     if not on_meta:
         _same_on_all_ranks(model, PartialState().device)
 
-    gradients = ReplicatedGradients(mesh["tp"])
+    tp = TensorParallel(mesh["tp"])
+    gradients = tp.gradients
     gradients.keeps_terms = not config.compile
     witness = Witness(model, plan, config)
-    apply_plan(model, plan, gradients, config)
+    apply_plan(model, plan, tp, config)
     model.tie_weights()
     check_sharded(model)
     share_router_logits(model, config.tp_size)
@@ -78,7 +79,7 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
             module.register_load_state_dict_pre_hook(cut_whole_tensors)
 
     # Placed on the instance, so a model that is not ours is never touched.
-    model._tpsp = Parallelized(config, mesh, plan, gradients)
+    model._tpsp = Parallelized(config, mesh, plan, tp)
     model._tp_plan = plan
     model.gather_sharded_state_dict_for_save = types.MethodType(gather_for_save, model)
     model.resize_token_embeddings = refuse_resize
@@ -153,7 +154,7 @@ def set_mixed_precision(model: nn.Module) -> None:
 def keep_fp32_masters(model: nn.Module) -> None:
     """Cast what is trained to fp32: accelerate would cast only the outer dtype of a DTensor. Under adapters, the frozen
     base stays as it is."""
-    parallelized_model(model)._tpsp.gradients.adapters_to(torch.float32)
+    parallelized_model(model)._tpsp.tp.gradients.adapters_to(torch.float32)
     if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
         logger.info(
             "hf_tpsp: bf16 training keeps fp32 master weights; the model is cast to fp32, and saved in fp32 (one process "

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from .config import TPSPConfig, environment_flag
 
 if TYPE_CHECKING:
-    from .styles.base import Style
-    from .styles.gradients import ReplicatedGradients
+    from .styles.base import Style, TensorParallel
 
 MESH_DIMS = ("dp_replicate", "dp_shard", "tp")  # accelerate's names, by which it deals one batch to each TP group
 
@@ -36,7 +35,7 @@ class Parallelized:
     config: TPSPConfig
     mesh: DeviceMesh
     plan: dict[str, str]
-    gradients: ReplicatedGradients
+    tp: TensorParallel
     saved: Callable[[nn.Module], dict[str, torch.Tensor]] | None = None  # what is saved of it, if not all
 
 

@@ -39,7 +39,7 @@ def without_reduction(style: str, config: TPSPConfig) -> str:
             return step(parallelized(config))
     model = parallelized(config)  # the proof would not let the others through: this is a defect that only the run has
     if style == "Rowwise.term":  # each rank adds the whole bias
-        patch = mock.patch.object(linear.Rowwise, "term", lambda self, name, value, size: value)
+        patch = mock.patch.object(linear.Rowwise, "as_partial", lambda self, name, value, size: value)
     elif style == "Gather.leave_region":  # one rank's term, as if it were the sum
         patch = mock.patch.object(base, "scatter_sequence", collectives.slice_sequence)
     elif style == "Embedding":

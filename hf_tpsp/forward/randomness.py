@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from ..fingerprint import fingerprint
+from ..state import style_of
 
 logger = logging.get_logger(__name__)
 
@@ -156,11 +157,11 @@ def inside_block(module: nn.Module, shape: torch.Size | None, mesh: DeviceMesh) 
 def _own_widths(module: nn.Module, size: int) -> frozenset[int]:
     own, whole = set(), set()
     for part in module.modules():
-        style = type(vars(part).get("_tpsp_style")).__name__
+        style = style_of(part)
         sizes = {getattr(part, n) for n in ("in_features", "out_features", "nx", "nf") if hasattr(part, n)}
-        if hasattr(part, "_tpsp_width"):
-            sizes.add(part._tpsp_width)
-        if style in ("Colwise", "PackedColwise", "Rowwise", "SplitRowwise", "GatheredColwise"):
+        if getattr(style, "width", None):
+            sizes.add(style.width)
+        if style is not None and style.splits_features:
             for width in sizes:
                 chunk = -(-width // size)
                 own |= {chunk, width - chunk * (size - 1)}

@@ -179,13 +179,14 @@ class Twin:
     def _term(self, whole: nn.Module, rules: dict[str, str], call: Call, rank: int, training: bool) -> Tensor:
         block = copy.deepcopy(whole)
         config = TPSPConfig(tp_size=RANKS)
-        styles = {part: style_for(rule, config) for part, rule in rules.items() if not is_parameter(block, part)}
-        for part, rule in rules.items():
-            if is_parameter(block, part):
-                owner, _, parameter = part.rpartition(".")
-                styles[owner].parameter_rules = {**styles[owner].parameter_rules, parameter: rule}
+        of_parameters: dict[str, dict[str, str]] = {}
+        for part in [part for part in rules if is_parameter(block, part)]:
+            owner, _, parameter = part.rpartition(".")
+            of_parameters.setdefault(owner, {})[parameter] = rules[part]
+        modules = {part: rule for part, rule in rules.items() if not is_parameter(block, part)}
+        styles = {part: style_for(rule, config, of_parameters.get(part)) for part, rule in modules.items()}
         for part, style in styles.items():
-            style.rehearse(block.get_submodule(part), rank, RANKS)
+            style.simulate_rank(block.get_submodule(part), rank, RANKS)
         args, kwargs = copy.deepcopy((call.args, call.kwargs))
         args, kwargs, _ = styles[""].map_streams(args, kwargs, lambda x: x, RANKS, marked=False)
         return _run(block, args, kwargs, training)

@@ -22,6 +22,8 @@ that every rank computes `Whole`, each has the whole gradient, and nothing is ad
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,25 +33,84 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from ..collectives import ReduceFromRegion, local_slice, scatter_sequence, to_local
 from ..config import TPSPConfig
+from ..state import style_of
 from .gradients import ReplicatedGradients
+
+
+def parts_read_by(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside `module` whose parameters it makes plain at its entry. They have their styles by now."""
+    for child in module.children():
+        style = style_of(child)
+        if style is None or not style.reads_parts:
+            if style is not None and style.is_read_by_owner:
+                yield child
+            yield from parts_read_by(child)
+
+
+class TensorParallel:
+    """What a style is given of the ranks.
+
+    Attributes:
+        mesh: the one-dimensional TP mesh. rank, size: this rank on it, and their number.
+        gradients: where the gradients of replicated parameters are added up.
+    """
+
+    def __init__(self, mesh: DeviceMesh):
+        self.mesh, self.rank, self.size = mesh, mesh.get_local_rank(), mesh.size()
+        self.gradients = ReplicatedGradients(mesh)
 
 
 class Style:
     """How a module's parameters are laid out over the TP ranks, and what happens around its forward.
 
-    `install` wraps `module.forward`; it calls `run`, which subclasses override. The two strings name the collectives on
-    the activations, for the table that `hf-tpsp plan` prints.
+    A style belongs to one module, and is whole once it is made. What a subclass overrides:
+
+        method              runs when                         returns, or does                                      overridden by
+        placement           parameters are cut                a DTensor placement on the TP mesh dim                whatever splits weights
+        is_partial          parameters are cut                whether the ranks' gradients add up to the whole one  replicated parameters
+        as_partial          a parameter is read               the parameter such that the outputs add up            a bias that each rank adds
+        adjust              at set-up, and in the proof       sets the module's sizes to this rank's share          blocks, layers that read widths
+        run                 in each forward                   the module's output, collectives included             most
+        simulate_rank       in the proof (`plan/prove.py`)    makes of a plain module what it is on one rank        where `run` does more than compute
+
+    What trains is `run`, and what was proven is `simulate_rank`: `tests/styles/test_contract.py` holds each style to their being
+    one. The two strings name the collectives on the activations, for the table that `hf-tpsp plan` prints. For example:
+
+        class ColumnBias(Style):  # a bias of which each rank has a part of the features, as its input has
+            def placement(self, module, name, param):
+                return Shard(0)
+
+    Args:
+        config: what runs on the mesh.
+        arguments: of the plan's rule, what follows the colon (`packed_colwise:64,64`); subclasses name theirs.
+        parameter_rules: the plan's rules for single parameters of the module, by name: `split:0`, `packed:1,2`, `mean`.
     """
 
     forward_collective = "-"
     backward_collective = "-"
+    splits_features = False
+    """Whether the ranks have parts of the features that a linear layer takes or returns."""
+    is_read_by_owner = False
+    """Whether the block or layer around the module makes its parameters plain, for it may be read without being called."""
+    reads_parts = False
+    """Whether it makes the parameters of such modules plain."""
 
-    def __init__(self, config: TPSPConfig):
-        self.parameter_rules: dict[str, str] = {}  # the plan's, for single parameters: `split:0`, `packed:1,2`, `mean`
+    def __init__(self, config: TPSPConfig, *, parameter_rules: dict[str, str] | None = None):
+        self.parameter_rules = parameter_rules or {}
         self.sequence_parallel = config.sequence_parallel
         self.regather_inputs = config.regather_inputs and config.sequence_parallel
-        self.outside_fsdp = False  # of adapters, whose gradients are all reduced at the end of backward
+        self.outside_fsdp = False  # of adapters and copies, whose gradients are all reduced at the end of backward
         self.original: nn.Module | None = None  # of which the module is a copy outside FSDP
+
+    def __repr__(self) -> str:
+        rules = "".join(f", {name}={rule}" for name, rule in self.parameter_rules.items())
+        return f"{type(self).__name__}(forward: {self.forward_collective}, backward: {self.backward_collective}{rules})"
+
+    def of_copy(self, original: nn.Module) -> Style:
+        """The style of a copy of `original`, which this style is on, that FSDP does not manage (peft's `modules_to_save`)."""
+        made = copy.copy(self)
+        made.outside_fsdp, made.original = True, original
+        return made
 
     def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         """Where parameter `name` of `module` lives on the TP mesh dim."""
@@ -61,69 +122,71 @@ class Style:
         return Shard(dim) if kind == "split" else _StridedShard(dim, split_factor=parts[0])
 
     def is_partial(self, name: str) -> bool:
-        """Whether the ranks' gradients of the replicated parameter `name` are terms of a sum."""
+        """Whether the ranks' gradients of the replicated parameter `name` are terms of a sum (DTensor's `Partial`)."""
         return False
 
-    def shard(self, module: nn.Module, gradients: ReplicatedGradients) -> None:
+    def shard(self, module: nn.Module, tp: TensorParallel) -> None:
         """Turn the module's own parameters into DTensors on the TP mesh, keeping ties and `requires_grad`."""
         for name, param in list(module.named_parameters(recurse=False)):
             if self.is_partial(name):
-                gradients.register(module, name)
+                tp.gradients.register(module, name)
             if not isinstance(param, DTensor):
                 placement = self.placement(module, name, param)
                 # `src_data_rank=None`: every rank cuts its own slice; no communication, and meta tensors work.
-                value = distribute_tensor(param.detach(), gradients.mesh, [placement], src_data_rank=None)
+                value = distribute_tensor(param.detach(), tp.mesh, [placement], src_data_rank=None)
                 module._parameters[name] = nn.Parameter(value, requires_grad=param.requires_grad)
 
-    def install(self, module: nn.Module, gradients: ReplicatedGradients) -> None:
-        self.adjust(module, gradients.mesh.get_local_rank(), gradients.mesh.size())
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        """Wrap `module.forward` in `run`. The styles of the modules inside it are known by now, and what they do is not in place."""
+        self.adjust(module, tp.rank, tp.size)
         inner = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if (calls := gradients.calls) is not None and calls.is_outside:
+            if (calls := tp.gradients.calls) is not None and calls.is_outside:
                 return calls.run_style(self, module, run, args, kwargs)
-            return self.run(module, inner, gradients, args, kwargs)
+            return self.run(module, inner, tp, args, kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return self.run(module, inner, gradients, args, kwargs)
+            return self.run(module, inner, tp, args, kwargs)
 
         module.forward = forward
 
-    def run(self, module: nn.Module, inner, gradients: ReplicatedGradients, args: tuple, kwargs: dict) -> Any:
-        with self.local_parameters(module, gradients):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
+        """What `module` returns for `args` and `kwargs`; `inner` is its own forward, for plain local parameters."""
+        with self.local_parameters(module, tp):
             return inner(*args, **kwargs)
 
     def adjust(self, module: nn.Module, rank: int, size: int) -> None:
         """Set what `module` knows of its own sizes to this rank's share."""
 
-    def rehearse(self, module: nn.Module, rank: int, size: int) -> None:
+    def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
         """Make of a plain `module` what it is on `rank` of `size` ranks, without collectives (`prove.py`)."""
         for name, param in list(module.named_parameters(recurse=False)):
             local = local_slice(param.detach(), self.placement(module, name, param), rank, size)
-            module._parameters[name] = nn.Parameter(self.term(name, local, size))
+            module._parameters[name] = nn.Parameter(self.as_partial(name, local, size))
         self.adjust(module, rank, size)
 
-    def term(self, name: str, value: Tensor, size: int) -> Tensor:
-        """The parameter `name` as a rank uses it, such that the ranks' outputs add up."""
+    def as_partial(self, name: str, value: Tensor, size: int) -> Tensor:
+        """The parameter `name`, `value` on this rank, as the rank uses it, such that the outputs of `size` ranks add up."""
         return value / size if self.parameter_rules.get(name) == "mean" else value
 
     @contextlib.contextmanager
-    def local_parameters(self, module: nn.Module, gradients: ReplicatedGradients):
+    def local_parameters(self, module: nn.Module, tp: TensorParallel) -> Iterator[None]:
         """While inside, the module's own parameters are plain local tensors."""
         params = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
         for name, param in params.items():
-            module._parameters[name] = self.local_value(module, name, param, gradients)
+            module._parameters[name] = self.local_value(module, name, param, tp)
         try:
             yield
         finally:
             module._parameters.update(params)
 
-    def local_value(self, module: nn.Module, name: str, param: DTensor, gradients: ReplicatedGradients) -> Tensor:
+    def local_value(self, module: nn.Module, name: str, param: DTensor, tp: TensorParallel) -> Tensor:
         is_term = self.outside_fsdp or self.is_partial(name)
-        local = gradients.local(param, self.outside_fsdp) if is_term else to_local(param)
+        local = tp.gradients.local(param, self.outside_fsdp) if is_term else to_local(param)
         if self.original is not None:  # whose parameter FSDP has gathered in the dtype to compute in
             local = local.to(self.original._parameters[name].dtype)
-        return self.term(name, local, gradients.mesh.size())
+        return self.as_partial(name, local, tp.size)
 
     def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
         """Sum the ranks' terms `[batch, seq, hidden]` into the stream: reduce-scatter, or all-reduce without SP."""

@@ -28,9 +28,10 @@ from ..config import TPSPConfig
 from ..forward import randomness
 from ..forward.outputs import LazyWhole, whole_heads
 from ..loss.logits import LazyLogits
+from ..state import style_of
 from ..structure import is_norm
 from . import recompute
-from .base import Style
+from .base import Style, parts_read_by
 from .recompute import Region, regather
 from .stream import Norm
 
@@ -55,23 +56,27 @@ class Replica(Norm):
     Their gradients are terms of a sum. No collective on activations.
     """
 
+    is_read_by_owner = True
+
     def is_partial(self, name):
         return self.parameter_rules.get(name) in (None, "mean")
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         if is_norm(module):  # so that only its input is kept
-            return super().run(module, inner, gradients, args, kwargs)
+            return super().run(module, inner, tp, args, kwargs)
         return inner(*args, **kwargs)  # the block has made the parameters plain
 
 
 class Copy(Style):
     """Parameters inside a block, or beside the layers, that every rank uses alike: each has their whole gradient."""
 
+    is_read_by_owner = True
+
 
 class Activation(Style):
     """An activation function inside a region. Its output is not kept for backward, but computed from its input again."""
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         if (region := Region.current) is None:
             return inner(*args, **kwargs)
         kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
@@ -102,14 +107,19 @@ class Block(Style):
             them; `residual`: a second stream that the module adds to its output is added once, not by each rank.
     """
 
+    reads_parts = True
     HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
     KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
     WIDTHS = ("hidden_size", "embed_dim", "split_size", "d_model", "inner_dim", "all_head_size", "n_embd")
 
-    def __init__(self, config: TPSPConfig, *variants: str):
-        super().__init__(config)
+    def __init__(self, config: TPSPConfig, *variants: str, **given: Any):
+        super().__init__(config, **given)
         self.variants = variants
         self.inside: list[nn.Module] = []  # the modules whose parameters are made plain at the entry
+
+    def install(self, module, tp):
+        self.inside = list(parts_read_by(module))
+        super().install(module, tp)
 
     def adjust(self, module, rank, size):
         self.heads = next((n for name in self.HEADS if isinstance(n := getattr(self.of(module), name, None), int)), 0)
@@ -137,11 +147,11 @@ class Block(Style):
         return module if any(hasattr(module, n) for n in Block.HEADS) else getattr(module, "config", None)
 
     @contextlib.contextmanager
-    def local_parameters(self, module, gradients):
+    def local_parameters(self, module, tp):
         with contextlib.ExitStack() as stack:
-            stack.enter_context(super().local_parameters(module, gradients))
+            stack.enter_context(super().local_parameters(module, tp))
             for part in self.inside:
-                stack.enter_context(part._tpsp_style.local_parameters(part, gradients))
+                stack.enter_context(style_of(part).local_parameters(part, tp))
             yield
 
     def map_streams(
@@ -247,8 +257,8 @@ class Gather(Block):
     the input once more, for the weights' gradients. (Without SP: all-reduce, all-reduce.)
     """
 
-    def __init__(self, config: TPSPConfig, *variants: str):
-        super().__init__(config, *variants)
+    def __init__(self, config: TPSPConfig, *variants: str, **given: Any):
+        super().__init__(config, *variants, **given)
         self.forward_collective = "all-gather, reduce-scatter" if config.sequence_parallel else "all-reduce"
         self.backward_collective = self.forward_collective
         if self.regather_inputs:
@@ -257,14 +267,14 @@ class Gather(Block):
     def is_partial(self, name):
         return name not in self.parameter_rules
 
-    def run(self, module, inner, gradients, args, kwargs):
-        mesh = gradients.mesh
+    def run(self, module, inner, tp, args, kwargs):
+        mesh = tp.mesh
 
         def other(x: Tensor) -> Tensor:  # each rank's gradient of what all ranks hold is a term of the sum
             return CopyToRegion.apply(x, mesh) if x.is_floating_point() and x.requires_grad else x
 
         entered: list[tuple[Tensor, Tensor, int]] = []
-        with self.local_parameters(module, gradients), contextlib.ExitStack() as stack:
+        with self.local_parameters(module, tp), contextlib.ExitStack() as stack:
             region = stack.enter_context(Region()) if self.regather_inputs and recompute.is_active() else None
 
             def enter(x: Tensor) -> Tensor:
@@ -303,11 +313,11 @@ class Whole(Block):
     Forward: all-gather. Backward: all-gather. (Without SP: none.) A plain input stays plain.
     """
 
-    def __init__(self, config: TPSPConfig, *variants: str):
-        super().__init__(config, *variants)
+    def __init__(self, config: TPSPConfig, *variants: str, **given: Any):
+        super().__init__(config, *variants, **given)
         self.forward_collective = self.backward_collective = "all-gather" if config.sequence_parallel else "-"
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         entered: list[tuple[Tensor, Tensor, int]] = []
 
         def enter(x: Tensor) -> Tensor:
@@ -318,11 +328,11 @@ class Whole(Block):
                 entered.append((x, full, full._version))
             return full
 
-        with self.local_parameters(module, gradients):
-            args, kwargs, stream = self.map_streams(args, kwargs, enter, gradients.mesh.size())
+        with self.local_parameters(module, tp):
+            args, kwargs, stream = self.map_streams(args, kwargs, enter, tp.size)
             output = inner(*args, **kwargs)
-        self.write_back(entered, gradients.mesh)
-        return self.exit(output, stream, gradients.mesh) if isinstance(stream, DTensor) else output
+        self.write_back(entered, tp.mesh)
+        return self.exit(output, stream, tp.mesh) if isinstance(stream, DTensor) else output
 
     def leave_region(self, whole, mesh):
         return slice_sequence(whole, mesh)

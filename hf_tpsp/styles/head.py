@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -20,31 +22,31 @@ class Head(Style):
 
     is_chunked = False
 
-    def __init__(self, config: TPSPConfig):
-        super().__init__(config)
+    def __init__(self, config: TPSPConfig, **given: Any):
+        super().__init__(config, **given)
         self.forward_collective = "all-gather" if config.sequence_parallel else "-"
         self.backward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
 
     def placement(self, module, name, param):
         return Shard(0)
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         (hidden,) = args
-        gradients.arm_with(hidden)
+        tp.gradients.arm_with(hidden)
         if not isinstance(hidden, DTensor):  # without SP the stream is plain
-            hidden = DTensor.from_local(hidden, gradients.mesh, [Replicate()], run_check=False)
+            hidden = DTensor.from_local(hidden, tp.mesh, [Replicate()], run_check=False)
 
         def parameters() -> tuple[Tensor, Tensor | None]:
             own = module._parameters
             return tuple(
-                None if own[n] is None else self.local_value(module, n, own[n], gradients) for n in ("weight", "bias")
+                None if own[n] is None else self.local_value(module, n, own[n], tp) for n in ("weight", "bias")
             )
 
         def run(hidden: DTensor) -> DTensor:
             local = hidden if self.sequence_parallel else hidden.to_local(grad_placements=hidden.placements)
-            with self.local_parameters(module, gradients):
-                logits = inner(enter_region(local, gradients.mesh))
-            return sharded_features(logits, module.out_features, gradients.mesh)
+            with self.local_parameters(module, tp):
+                logits = inner(enter_region(local, tp.mesh))
+            return sharded_features(logits, module.out_features, tp.mesh)
 
         return LazyLogits(hidden, module, run, parameters if self.is_chunked else None)
 

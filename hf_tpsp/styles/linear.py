@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,15 +18,34 @@ from .base import Style
 
 
 class Colwise(Style):
-    """A linear layer split over its output features. Weight and bias split; input full, output local; no collective."""
+    """A linear layer split over its output features. Weight and bias split; input full, output local; no collective.
+
+    Attributes:
+        width: the features of the whole layer, once `adjust` has set the module's own to this rank's. rows: of them, the indices
+            of those that this rank has or takes, where that is not the part that DTensor gives it.
+    """
+
+    splits_features = True
+    width: int | None = None
+    rows: Tensor | None = None
 
     def placement(self, module, name, param):
         return Shard(1 if is_transposed(module) and name == "weight" else 0)
 
     def adjust(self, module, rank, size):
         if is_transposed(module):  # its forward reads the width of its output
-            module._tpsp_width = module.nf
+            self.width = module.nf
             module.nf = len(rows_of((str(module.nf),), rank, size))
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        if self.rows.device != device:
+            self.rows = self.rows.to(device)
+        return self.rows
+
+    def gather_features(self, local: Tensor, module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> Tensor:
+        """This rank's output features → those of all ranks. `gradient`: of the result, on the ranks."""
+        out = sharded_features(local, self.width or features(module)[1], mesh)
+        return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
 
 
 class PackedColwise(Colwise):
@@ -34,8 +55,8 @@ class PackedColwise(Colwise):
     of it. No collective.
     """
 
-    def __init__(self, config: TPSPConfig, *parts: str):
-        super().__init__(config)
+    def __init__(self, config: TPSPConfig, *parts: str, **given: Any):
+        super().__init__(config, **given)
         self.parts = parts
 
     def placement(self, module, name, param):
@@ -48,16 +69,16 @@ class PackedColwise(Colwise):
 
     def adjust(self, module, rank, size):
         super().adjust(module, rank, size)
-        module._tpsp_rows = rows_of(self.parts, rank, size)
+        self.rows = rows_of(self.parts, rank, size)
 
-    def rehearse(self, module, rank, size):
-        super().rehearse(module, rank, size)
+    def simulate_rank(self, module, rank, size):
+        super().simulate_rank(module, rank, size)
         if module.bias is not None:
-            module.bias = nn.Parameter(module.bias[module._tpsp_rows])
+            module.bias = nn.Parameter(module.bias[self.rows])
 
-    def local_value(self, module, name, param, gradients):
-        value = super().local_value(module, name, param, gradients)
-        return value.index_select(0, own_rows(module, value.device)) if name == "bias" else value
+    def local_value(self, module, name, param, tp):
+        value = super().local_value(module, name, param, tp)
+        return value.index_select(0, self.rows_on(value.device)) if name == "bias" else value
 
 
 class GatheredColwise(Colwise):
@@ -73,23 +94,23 @@ class GatheredColwise(Colwise):
     forward_collective = "all-gather"
     backward_collective = "reduce-scatter"
 
-    def __init__(self, config: TPSPConfig, *parts: str):
-        super().__init__(config)
+    def __init__(self, config: TPSPConfig, *parts: str, **given: Any):
+        super().__init__(config, **given)
         self.parts = parts
 
     def adjust(self, module, rank, size):
         super().adjust(module, rank, size)
         if self.parts:
-            module._tpsp_rows = rows_of(self.parts, rank, size)
+            self.rows = rows_of(self.parts, rank, size)
 
-    def rehearse(self, module, rank, size):
+    def simulate_rank(self, module, rank, size):
         if self.parts:
             inner, rows = module.forward, rows_of(self.parts, rank, size)
             module.forward = lambda x: inner(x).index_select(-1, rows)
 
-    def run(self, module, inner, gradients, args, kwargs):
-        full = gather_features(super().run(module, inner, gradients, args, kwargs), module, gradients.mesh, Partial())
-        return full.index_select(-1, own_rows(module, full.device)) if self.parts else full
+    def run(self, module, inner, tp, args, kwargs):
+        full = self.gather_features(super().run(module, inner, tp, args, kwargs), module, tp.mesh, Partial())
+        return full.index_select(-1, self.rows_on(full.device)) if self.parts else full
 
 
 class WholeColwise(Colwise):
@@ -100,20 +121,15 @@ class WholeColwise(Colwise):
 
     forward_collective = "all-gather"
     backward_collective = "all-reduce"
+    splits_features = False  # as the block sees it
 
-    def rehearse(self, module, rank, size):
+    def simulate_rank(self, module, rank, size):
         """Every rank has the whole output."""
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         (x,) = args
-        out = super().run(module, inner, gradients, (CopyToRegion.apply(x, gradients.mesh),), kwargs)
-        return gather_features(out, module, gradients.mesh, Replicate())
-
-
-def gather_features(local: Tensor, module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> Tensor:
-    """This rank's output features of a column-parallel layer → all of them. `gradient`: of the result, on the ranks."""
-    out = sharded_features(local, vars(module).get("_tpsp_width") or features(module)[1], mesh)
-    return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
+        out = super().run(module, inner, tp, (CopyToRegion.apply(x, tp.mesh),), kwargs)
+        return self.gather_features(out, module, tp.mesh, Replicate())
 
 
 def rows_of(parts: tuple[str, ...], rank: int, size: int) -> Tensor:
@@ -130,17 +146,13 @@ def rows_of(parts: tuple[str, ...], rank: int, size: int) -> Tensor:
     return torch.cat(rows)
 
 
-def own_rows(module: nn.Module, device: torch.device) -> Tensor:
-    if module._tpsp_rows.device != device:
-        module._tpsp_rows = module._tpsp_rows.to(device)
-    return module._tpsp_rows
-
-
 class Rowwise(Style):
     """A linear layer split over its input features. Weight split, bias replicated; input local, output one term of a sum.
 
     Each rank adds its share of the bias. The block sums the terms at its exit. No collective.
     """
+
+    splits_features = True
 
     def placement(self, module, name, param):
         return Replicate() if name == "bias" else Shard(0 if is_transposed(module) else 1)
@@ -148,25 +160,25 @@ class Rowwise(Style):
     def is_partial(self, name):
         return name == "bias"
 
-    def term(self, name, value, size):
+    def as_partial(self, name, value, size):
         return value / size if name == "bias" else value
 
-    def run(self, module, inner, gradients, args, kwargs):
-        with self.local_parameters(module, gradients), recompute.partial_product():
+    def run(self, module, inner, tp, args, kwargs):
+        with self.local_parameters(module, tp), recompute.partial_product():
             return inner(*args, **kwargs)
 
 
 class SplitRowwise(Rowwise):
     """A row-parallel layer whose input every rank has whole: each takes its own features of it."""
 
-    def rehearse(self, module, rank, size):
+    def simulate_rank(self, module, rank, size):
         width = features(module)[0]
-        super().rehearse(module, rank, size)
+        super().simulate_rank(module, rank, size)
         inner = module.forward
         module.forward = lambda x: (
             inner(local_slice(x, Shard(x.dim() - 1), rank, size)) if x.shape[-1] == width else inner(x)
         )
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         (x,) = args
-        return super().run(module, inner, gradients, (own_features(x, gradients.mesh),), kwargs)
+        return super().run(module, inner, tp, (own_features(x, tp.mesh),), kwargs)

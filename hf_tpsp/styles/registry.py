@@ -31,9 +31,13 @@ STYLES: dict[str, type[Style]] = {
 """Style names as they stand in a plan."""
 
 
-def style_for(rule: str, config: TPSPConfig) -> Style:
-    """The style that a rule of a plan names; what follows a colon are its arguments (`packed_colwise:64,64`)."""
+def style_for(rule: str, config: TPSPConfig, parameter_rules: dict[str, str] | None = None) -> Style:
+    """The style that a rule of a plan names; what follows a colon are its arguments (`packed_colwise:64,64`).
+
+    Raises:
+        ValueError: the rule names no style.
+    """
     name, _, arguments = rule.partition(":")
     if name not in STYLES:
         raise ValueError(f"{rule!r} names no style; the styles are {', '.join(STYLES)}.")
-    return STYLES[name](config, *(a for a in arguments.split(",") if a))
+    return STYLES[name](config, *(a for a in arguments.split(",") if a), parameter_rules=parameter_rules)

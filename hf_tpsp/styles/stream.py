@@ -12,9 +12,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..collectives import OneShare, from_local, slice_sequence, to_local
 from ..config import TPSPConfig
+from ..state import style_of
 from ..vocabulary import require_inside
 from . import recompute
-from .base import Style
+from .base import Style, parts_read_by
 from .recompute import Recomputed
 
 
@@ -26,8 +27,8 @@ class Embedding(Style):
     embedding and the first layer: all-reduce, none.)
     """
 
-    def __init__(self, config: TPSPConfig, *variants: str):
-        super().__init__(config)
+    def __init__(self, config: TPSPConfig, *variants: str, **given: Any):
+        super().__init__(config, **given)
         self.sequence_parallel &= "plain" not in variants
         self.forward_collective = "reduce-scatter" if self.sequence_parallel else "all-reduce"
         self.backward_collective = "all-gather" if self.sequence_parallel else "-"
@@ -35,18 +36,18 @@ class Embedding(Style):
     def placement(self, module, name, param):
         return Shard(0)
 
-    def install(self, module, gradients):
+    def install(self, module, tp):
         if module.max_norm is not None:
             raise ValueError("An embedding with max_norm rescales rows in forward and cannot be vocabulary-sharded.")
         weight = module.weight
-        (rows, _), (start, _) = compute_local_shape_and_global_offset(weight.shape, gradients.mesh, [Shard(0)])
-        module._tpsp_rows = (start, rows)
-        super().install(module, gradients)
+        (rows, _), (start, _) = compute_local_shape_and_global_offset(weight.shape, tp.mesh, [Shard(0)])
+        self.start, self.rows = start, rows
+        super().install(module, tp)
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         (ids,) = args or kwargs.values()
         require_inside("input_ids", ids, module.num_embeddings)
-        start, rows = module._tpsp_rows
+        start, rows = self.start, self.rows
         ids = ids - start
         foreign = (ids < 0) | (ids >= rows)
         # `padding_idx` keeps its row's gradient at zero; here it must name a row of this shard, or none.
@@ -54,11 +55,11 @@ class Embedding(Style):
         owned = padding_idx is not None and start <= padding_idx < start + rows
         module.padding_idx = padding_idx - start if owned else None
         try:
-            with self.local_parameters(module, gradients):
+            with self.local_parameters(module, tp):
                 out = inner(ids.masked_fill(foreign, 0))
         finally:
             module.padding_idx = padding_idx
-        return self.leave_region(out.masked_fill(foreign.unsqueeze(-1), 0), gradients.mesh)
+        return self.leave_region(out.masked_fill(foreign.unsqueeze(-1), 0), tp.mesh)
 
 
 class Stream(Style):
@@ -67,20 +68,19 @@ class Stream(Style):
     On a sharded stream they are DTensors, as it is. Without SP they are plain meanwhile. A hook, as for `Enter`.
     """
 
-    def __init__(self, config: TPSPConfig):
-        super().__init__(config)
-        self.inside: list[nn.Module] = []  # modules that are used without being called
+    reads_parts = True
 
-    def install(self, module, gradients):
+    def install(self, module, tp):
         if self.sequence_parallel:
             return
+        inside = list(parts_read_by(module))
         open_contexts = []
 
         def before(module, args):
             open_contexts.append(contextlib.ExitStack())
-            open_contexts[-1].enter_context(self.local_parameters(module, gradients))
-            for part in self.inside:
-                open_contexts[-1].enter_context(part._tpsp_style.local_parameters(part, gradients))
+            open_contexts[-1].enter_context(self.local_parameters(module, tp))
+            for part in inside:
+                open_contexts[-1].enter_context(style_of(part).local_parameters(part, tp))
 
         def after(module, args, output):
             open_contexts.pop().close()
@@ -98,22 +98,22 @@ class Enter(Stream):
 
     backward_collective = "all-gather if plain"
 
-    def __init__(self, config: TPSPConfig, *names: str):
-        super().__init__(config)
+    def __init__(self, config: TPSPConfig, *names: str, **given: Any):
+        super().__init__(config, **given)
         self.names = names
 
-    def install(self, module, gradients):
-        super().install(module, gradients)
+    def install(self, module, tp):
+        super().install(module, tp)
         order = list(inspect.signature(type(module).forward).parameters)[1:]
 
         def cut(x: Any) -> Any:
             if isinstance(x, DTensor) or not isinstance(x, Tensor):
                 return x
-            return slice_sequence(x, gradients.mesh)
+            return slice_sequence(x, tp.mesh)
 
         # A hook, not a wrapped forward: transformers checkpoints a layer only if its class's own forward is called.
         def enter(module, args, kwargs):
-            if not gradients.computes_model():  # a layer that the script calls by itself: plain in, plain out
+            if not tp.gradients.computes_model():  # a layer that the script calls by itself: plain in, plain out
                 return None
             args = tuple(
                 cut(x) if i == 0 or name in self.names else x
@@ -134,19 +134,19 @@ class Norm(Style):
     def is_partial(self, name):
         return self.sequence_parallel
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         if not args:
             first, *names = kwargs
             args, kwargs = (kwargs[first],), {name: kwargs[name] for name in names}
         x, *rest = args
         local = to_local(x) if isinstance(x, DTensor) else x
-        with self.local_parameters(module, gradients):
+        with self.local_parameters(module, tp):
             if type(self) is Norm and self.sequence_parallel and not isinstance(x, DTensor):
                 # The whole sequence on every rank (a script that calls the norm itself, a model all of whose layers were
                 # dropped): the ranks' gradients of the parameters, which are added up, are one and the same.
                 for name, value in module._parameters.items():
                     if isinstance(value, Tensor) and value.requires_grad:
-                        module._parameters[name] = OneShare.apply(value, gradients.mesh.size())
+                        module._parameters[name] = OneShare.apply(value, tp.size)
             if self.regather_inputs and not rest and not kwargs and recompute.is_active():
                 out = recomputed(module, inner, local)
             else:

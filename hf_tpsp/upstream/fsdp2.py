@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -30,17 +31,20 @@ def unsharded_numels(module: nn.Module) -> list[int]:
     return [record._orig_size.numel() for record in fsdp_parameters(module)]
 
 
+_records: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref]] = weakref.WeakKeyDictionary()
+
+
 def index_sharded_parameters(model: nn.Module) -> None:
-    """Note on each module where FSDP2 keeps the sharded form of its parameters, for `sharded_parameter`."""
+    """Note for each module where FSDP2 keeps the sharded form of its parameters, for `sharded_parameter`."""
     for record in fsdp_parameters(model):
         info = record._module_info
-        vars(info.module).setdefault("_tpsp_fsdp", {})[info.param_name] = record
+        _records.setdefault(info.module, {})[info.param_name] = weakref.ref(record)
 
 
 def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter `name` of `module` as the optimizer holds it, also while FSDP2 has put the gathered one in place."""
-    record = vars(module).get("_tpsp_fsdp", {}).get(name)
-    return record.sharded_param if record is not None else module._parameters.get(name)
+    record = _records.get(module, {}).get(name)
+    return record().sharded_param if record is not None else module._parameters.get(name)
 
 
 def fsdp_groups(model: nn.Module) -> list:

@@ -143,11 +143,11 @@ def made_up(kind, where, config, rows=2):
 
 def rewire(module, block):
     """The wrapped forward, around another block: as if the class had been written so."""
-    style, gradients = module._tpsp_style, None
+    style, tp = module._tpsp_style, None
     for cell in module.forward.__closure__:
-        if type(cell.cell_contents).__name__ == "ReplicatedGradients":
-            gradients = cell.cell_contents
-    module.forward = lambda *args, **kwargs: style.run(module, block, gradients, args, kwargs)
+        if type(cell.cell_contents).__name__ == "TensorParallel":
+            tp = cell.cell_contents
+    module.forward = lambda *args, **kwargs: style.run(module, block, tp, args, kwargs)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])

@@ -34,8 +34,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from ...config import TPSPConfig
 from ...sharding import shard
 from ...state import cut_whole_tensors, full_state_dict, parallelized_model
-from ...styles.base import Style
-from ...styles.gradients import ReplicatedGradients
+from ...styles.base import Style, TensorParallel
 from .layouts import adapter_layouts, copy_layouts
 
 
@@ -129,16 +128,15 @@ def shard_adapters(model: PeftModel) -> None:
             "supports LoRA, rsLoRA and DoRA on the linear layers of the decoder layers, and modules_to_save."
         )
     mesh = next(p for p in base.parameters() if isinstance(p, DTensor)).device_mesh
-    gradients = base._tpsp.gradients
-    gradients.average_over(base._tpsp.mesh)
+    tp = base._tpsp.tp
+    tp.gradients.average_over(base._tpsp.mesh)
     for module, style in layouts:
-        _shard(module, style, mesh, gradients)
+        _shard(module, style, mesh, tp)
     base._tpsp = replace(base._tpsp, saved=saved_state_dict)
 
 
-def _shard(module: nn.Module, style: Style, mesh: DeviceMesh, gradients: ReplicatedGradients) -> None:
+def _shard(module: nn.Module, style: Style, mesh: DeviceMesh, tp: TensorParallel) -> None:
     """Lay `module`'s parameters out over the TP ranks, the last dim of `mesh`, alike on the others."""
-    style.outside_fsdp = True
     for name, parameter in module.named_parameters(recurse=False):
         value = parameter.detach()
         if not value.is_meta:
@@ -147,6 +145,6 @@ def _shard(module: nn.Module, style: Style, mesh: DeviceMesh, gradients: Replica
         placements = [*[Replicate()] * (mesh.ndim - 1), style.placement(module, name, parameter)]
         value = distribute_tensor(value, mesh, placements, src_data_rank=None)
         module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        gradients.register_adapter(module, name, style.is_partial(name))
-    style.install(module, gradients)
+        tp.gradients.register_adapter(module, name, style.is_partial(name))
+    style.install(module, tp)
     module.register_load_state_dict_pre_hook(cut_whole_tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 from peft.tuners.lora.layer import Linear
@@ -45,6 +44,7 @@ class Adapter(Style):
     ):
         super().__init__(config)
         self._placement, self._is_sum, self.splits_input, self.rows = placement, is_sum, splits_input, rows
+        self.outside_fsdp = True
 
     def placement(self, module, name, param):
         return self._placement
@@ -52,10 +52,10 @@ class Adapter(Style):
     def is_partial(self, name):
         return self._is_sum
 
-    def run(self, module, inner, gradients, args, kwargs):
+    def run(self, module, inner, tp, args, kwargs):
         (x,) = args
-        x = own_features(x, gradients.mesh) if self.splits_input else x
-        out = super().run(module, inner, gradients, (x,), kwargs)
+        x = own_features(x, tp.mesh) if self.splits_input else x
+        out = super().run(module, inner, tp, (x,), kwargs)
         return out if self.rows is None else out.index_select(-1, self.rows.to(out.device))
 
 
@@ -64,9 +64,7 @@ def copy_layouts(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]
     check_copied(wrapper.original_module)
     layouts = []
     for module in wrapper.modules_to_save.values():
-        style = copy.copy(style_of(wrapper.original_module))
-        style.original = wrapper.original_module
-        layouts.append((module, style))
+        layouts.append((module, style_of(wrapper.original_module).of_copy(wrapper.original_module)))
     return layouts
 
 
@@ -105,7 +103,7 @@ def adapter_layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> li
     if isinstance(style, Rowwise):
         a, b = Adapter(config, Shard(1), splits_input=isinstance(style, SplitRowwise)), same(is_sum=True)
     elif isinstance(style, GatheredColwise):
-        a, b = same(is_sum=True), same(is_sum=True, rows=vars(base).get("_tpsp_rows"))
+        a, b = same(is_sum=True), same(is_sum=True, rows=style.rows)
     elif isinstance(style, Colwise) and not isinstance(style, WholeColwise):
         rows = _StridedShard(0, split_factor=len(style.parts)) if isinstance(style, PackedColwise) else Shard(0)
         a, b = same(is_sum=True), Adapter(config, rows)
@@ -129,15 +127,15 @@ class Magnitude(Adapter):
         super().__init__(config, placement, is_sum)
         self.layer = layer
 
-    def install(self, module, gradients):
-        super().install(module, gradients)
+    def install(self, module, tp):
+        super().install(module, tp)
         module.get_lora_weight = _local_product
-        over = gradients.mesh if isinstance(self.layer, Rowwise) else None
+        over = tp.mesh if isinstance(self.layer, Rowwise) else None
         module.get_weight_norm = functools.partial(_norm_of_rows, module.fan_in_fan_out, over)
 
-    def run(self, module, inner, gradients, args, kwargs):
-        with self.layer.local_parameters(kwargs["base_layer"], gradients):
-            return super().run(module, inner, gradients, args, kwargs)
+    def run(self, module, inner, tp, args, kwargs):
+        with self.layer.local_parameters(kwargs["base_layer"], tp):
+            return super().run(module, inner, tp, args, kwargs)
 
 
 def _local_product(lora_A: nn.Module, lora_B: nn.Module, adapter_name: str | None = None) -> Tensor:

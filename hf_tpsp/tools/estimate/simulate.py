@@ -184,7 +184,7 @@ def _floor(model: nn.Module, choices: TPSPConfig, job: Job) -> dict[tuple[str, s
         return {}
     master = next(model.parameters()).dtype.itemsize
     computed = 2 if choices.mixed_precision == "bf16" else master
-    sums = model._tpsp.gradients.summed()
+    sums = model._tpsp.tp.gradients.summed()
     replicated = sum(local_part(p).numel() for p in sums) * master
     tp = collective_floor(model.config, job.batch * job.seq, choices, computed, replicated)
     if choices.tp_size == 1:
