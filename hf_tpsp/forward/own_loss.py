@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..loss.cross_entropy import on_shards
-from ..loss.logits import LazyLogits, stay_unread
+from ..loss.logits import LazyLogits, is_kept_lazy
 
 
 def patch_loss(model: PreTrainedModel, gathered: Callable) -> None:
@@ -27,7 +27,7 @@ def patch_loss(model: PreTrainedModel, gathered: Callable) -> None:
     model.loss_function = on_shards(model.loss_function)
 
     def finish(logits, loss):
-        whole = not torch.is_grad_enabled() and loss is None and not stay_unread()
+        whole = not torch.is_grad_enabled() and loss is None and not is_kept_lazy()
         if whole and isinstance(logits, (LazyLogits, DTensor)):
             return logits.full_tensor()
         if isinstance(logits, LazyLogits):

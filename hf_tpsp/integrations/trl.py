@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..forward.batch_check import beside
 from ..loss.cross_entropy import IGNORE_INDEX, vocab_parallel_statistics
-from ..loss.logits import unread
+from ..loss.logits import keep_lazy
 from ..state import is_parallelized, parallelized_model
 from ..upstream.patching import swap
 from .contract import Integration
@@ -92,7 +92,7 @@ def fused_forward(forward: Callable, temperature: float = 1.0) -> Callable:
         if not fused_lm_head:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             return forward(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
-        with unread(), beside(labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch):
+        with keep_lazy(), beside(labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch):
             output = forward(*args, **{**kwargs, "use_cache": False})
         if shift_labels is None:  # as TRL does: one position less
             targets, positions = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), slice(0, -1)

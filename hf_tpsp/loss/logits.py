@@ -11,85 +11,48 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
 from ..collectives import chunk_of, shard_width
+from .operations import (
+    EXPOSES,
+    INPLACE,
+    METADATA,
+    NOTABLE,
+    POINTWISE,
+    elementwise,
+    fill,
+    is_device,
+    is_number,
+    of_last_dimension,
+)
 
 logger = logging.get_logger(__name__)
 
 
-# What models do to their logits before the loss: elementwise, with numbers as the only other operands.
-POINTWISE = {
-    Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul,
-    Tensor.div, Tensor.__truediv__, torch.div,
-    Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add,
-    Tensor.sub, Tensor.__sub__, torch.sub,
-    Tensor.tanh, torch.tanh, F.tanh,
-    Tensor.clamp, torch.clamp,
-    Tensor.clone, torch.clone,
-    Tensor.float, Tensor.to,
-}  # fmt: skip
-
-
-# The same in place, as what they do out of place.
-INPLACE = {
-    Tensor.mul_: Tensor.mul, Tensor.__imul__: Tensor.mul,
-    Tensor.div_: Tensor.div, Tensor.__itruediv__: Tensor.div, Tensor.__idiv__: Tensor.div,
-    Tensor.add_: Tensor.add, Tensor.__iadd__: Tensor.add,
-    Tensor.sub_: Tensor.sub, Tensor.__isub__: Tensor.sub,
-    Tensor.tanh_: Tensor.tanh, torch.tanh_: Tensor.tanh,
-    Tensor.clamp_: Tensor.clamp, torch.clamp_: Tensor.clamp,
-}  # fmt: skip
-
-
-NOTABLE = (numbers.Number, torch.dtype, torch.memory_format, type(None))
-
-
-METADATA = {
-    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__,
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device,
-    *(
-        getattr(Tensor, name).__get__
-        for name in (
-            "shape", "ndim", "dtype", "device", "layout", "itemsize", "requires_grad", "is_leaf", "_base", "is_cpu",
-            "is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized",
-        )
-    ),
-}  # fmt: skip
-
-
-# What hands out the memory of the logits, or asks for their gradient, so that no version counter says what becomes of them.
-EXPOSES = {
-    Tensor.data.__get__, Tensor.detach_, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr,
-    Tensor.untyped_storage, Tensor.retain_grad, Tensor.register_hook,
-}  # fmt: skip
-
-
-_unread = contextvars.ContextVar("_unread", default=False)
+_kept_lazy = contextvars.ContextVar("_kept_lazy", default=False)
 
 
 @contextlib.contextmanager
-def unread() -> Iterator[None]:
+def keep_lazy() -> Iterator[None]:
     """While inside, a model's lazy logits stay so, also where its caller would otherwise get whole ones."""
-    token = _unread.set(True)
+    token = _kept_lazy.set(True)
     try:
         yield
     finally:
-        _unread.reset(token)
+        _kept_lazy.reset(token)
 
 
-def stay_unread() -> bool:
-    """Whether the caller is inside `unread`."""
-    return _unread.get()
+def is_kept_lazy() -> bool:
+    """Whether the caller is inside `keep_lazy`."""
+    return _kept_lazy.get()
 
 
 class LazyLogits(Tensor):
@@ -242,18 +205,18 @@ class LazyLogits(Tensor):
             return None  # its gradient is not to know of it
         if (columns := self._columns(func, rest, kwargs)) is not None:
             operation, is_inplace, dtype = (
-                _fill(*columns),
+                fill(*columns),
                 func not in (Tensor.masked_fill, torch.masked_fill),
                 self.dtype,
             )
         elif func in POINTWISE or func in INPLACE:
             if func is Tensor.to:  # a move to where the logits are is none
-                rest = tuple(x for x in rest if not (_is_device(x) and torch.device(x) == self.device))
+                rest = tuple(x for x in rest if not (is_device(x) and torch.device(x) == self.device))
             if not all(isinstance(x, NOTABLE) for x in (*rest, *kwargs.values())):
                 return None
             if func is Tensor.to and not rest and not kwargs:
                 return self
-            operation, is_inplace = _elementwise(INPLACE.get(func, func), rest, kwargs), func in INPLACE
+            operation, is_inplace = elementwise(INPLACE.get(func, func), rest, kwargs), func in INPLACE
             dtype = operation(torch.empty(1, dtype=self.dtype, device="meta"), 0).dtype
             is_copy = any(x is True for x in (*rest, *kwargs.values()))
             if func in (Tensor.to, Tensor.float) and dtype == self.dtype and not is_copy:
@@ -274,10 +237,10 @@ class LazyLogits(Tensor):
 
     def _columns(self, func: Callable, rest: tuple, kwargs: dict) -> tuple[Tensor, Any] | None:
         """The columns `[vocab]` into which `func` writes a number, for every token, and the number; None if it does not."""
-        if kwargs or len(rest) < 2 or not _is_number(rest[-1]):
+        if kwargs or len(rest) < 2 or not is_number(rest[-1]):
             return None
         if func is Tensor.__setitem__ and len(rest) == 2:
-            selected = _of_last_dimension(rest[0], self.dim())
+            selected = of_last_dimension(rest[0], self.dim())
         elif func is Tensor.index_fill_ and rest[0] in (-1, self.dim() - 1):
             selected = rest[1]
         elif func in (Tensor.masked_fill_, Tensor.masked_fill, torch.masked_fill) and isinstance(rest[0], Tensor):
@@ -372,31 +335,3 @@ def _refuse_gradient(grad: Tensor) -> None:
         "A gradient came to the logits of a parallelized model from something that does not know them, such as a "
         "torch.autograd.Function, and would be lost. Give it `logits.full_tensor()`: they are whole and plain, and take gradients."
     )
-
-
-def _elementwise(func: Callable, rest: tuple, kwargs: dict) -> Callable[[Tensor, int], Tensor]:
-    return lambda x, first: func(x, *rest, **kwargs)
-
-
-def _fill(columns: Tensor, value: Any) -> Callable[[Tensor, int], Tensor]:
-    return lambda x, first: x.masked_fill(columns[first : first + x.shape[-1]], value)
-
-
-def _is_device(x: Any) -> bool:
-    return isinstance(x, (str, torch.device))
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
-def _of_last_dimension(key: Any, dims: int) -> Any:
-    """What `key` selects of the last dimension, if it takes all of the others; else None."""
-    *others, last = key if isinstance(key, tuple) else (key,)
-    whole = sum(isinstance(k, slice) and k == slice(None) for k in others)
-    ellipses = sum(k is Ellipsis for k in others)
-    if whole + ellipses != len(others) or ellipses > 1 or (not ellipses and whole != dims - 1):
-        return None
-    if isinstance(last, (slice, list, range)) or _is_number(last):
-        return last
-    return last if isinstance(last, Tensor) and last.dim() <= 1 and not last.is_floating_point() else None
