@@ -123,7 +123,7 @@ class Calls:
             if isinstance(x, LazyLogits):
                 if not torch.is_grad_enabled():
                     return x.full_tensor()
-                x.gathered = self.gathered
+                x.with_weights = self.gathered
                 return x
             return gather_whole(x) if x.placements == (SEQUENCE,) else x.full_tensor()
 

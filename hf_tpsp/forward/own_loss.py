@@ -31,7 +31,7 @@ def patch_loss(model: PreTrainedModel, gathered: Callable) -> None:
         if whole and isinstance(logits, (LazyLogits, DTensor)):
             return logits.full_tensor()
         if isinstance(logits, LazyLogits):
-            logits.gathered = gathered
+            logits.with_weights = gathered
         return logits
 
     @functools.wraps(inner)

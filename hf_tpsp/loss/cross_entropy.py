@@ -205,7 +205,7 @@ def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, stati
     hidden = logits.hidden
     if hidden.placements != (SEQUENCE,):  # or replicated
         hidden = hidden.redistribute(placements=[Replicate()])
-    with (logits.gathered or contextlib.nullcontext)():
+    with (logits.with_weights or contextlib.nullcontext)():
         weight, bias = logits.parameters()
     head = ChunkedHead(
         hidden.device_mesh, hidden.placements, hidden.shape, logits.shape[-1], logits.pointwise, ignore_index,

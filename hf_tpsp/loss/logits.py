@@ -95,8 +95,8 @@ class LazyLogits(Tensor):
         self._whole_version: int | None = None  # when it was made; None: it may be another any time
         self.origin: LazyLogits | None = None  # what came from the head, if these came from it
         self._is_spent = False
-        # Replaced once the model's forward is over, when FSDP may have freed the head's weight.
-        self.gathered: Callable | None = None
+        # What the head runs in once the model's forward is over, when FSDP may have freed its weight; None before.
+        self.with_weights: Callable | None = None
         return self
 
     def __init__(self, *args, **kwargs):
@@ -128,7 +128,7 @@ class LazyLogits(Tensor):
             with (
                 torch.inference_mode(False),
                 torch.set_grad_enabled(self.requires_grad),
-                (self.gathered or contextlib.nullcontext)(),
+                (self.with_weights or contextlib.nullcontext)(),
             ):
                 self._value = self.hook(self._shape(self._run(self.hidden)))
         return self._value
@@ -196,7 +196,7 @@ class LazyLogits(Tensor):
             pointwise,
             self._hooks,
         )
-        made.gathered, made.origin = self.gathered, self if self.origin is None else self.origin
+        made.with_weights, made.origin = self.with_weights, self if self.origin is None else self.origin
         return made
 
     def _note(self, func: Callable, rest: tuple, kwargs: dict) -> LazyLogits | None:

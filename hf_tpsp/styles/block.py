@@ -32,7 +32,7 @@ from ..state import style_of
 from ..structure import is_norm
 from . import recompute
 from .base import Style, parts_read_by
-from .recompute import Region, regather
+from .recompute import RecomputeScope, current_scope, regather
 from .stream import Norm
 
 
@@ -77,7 +77,7 @@ class Activation(Style):
     """An activation function inside a region. Its output is not kept for backward, but computed from its input again."""
 
     def run(self, module, inner, tp, args, kwargs):
-        if (region := Region.current) is None:
+        if (scope := current_scope()) is None:
             return inner(*args, **kwargs)
         kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
         versions = [x._version for x in kept if isinstance(x, Tensor)]
@@ -92,7 +92,7 @@ class Activation(Style):
 
         out = inner(*args, **kwargs)
         if is_untouched():  # and not an activation function that writes into its input
-            region.again(out, make)
+            scope.leave_out(out, make)
         return out
 
 
@@ -275,14 +275,14 @@ class Gather(Block):
 
         entered: list[tuple[Tensor, Tensor, int]] = []
         with self.local_parameters(module, tp), contextlib.ExitStack() as stack:
-            region = stack.enter_context(Region()) if self.regather_inputs and recompute.is_active() else None
+            scope = stack.enter_context(RecomputeScope()) if self.regather_inputs and recompute.is_active() else None
 
             def enter(x: Tensor) -> Tensor:
                 full = enter_region(x, mesh)
                 if not torch.compiler.is_compiling():
                     entered.append((x, full, full._version))
-                if region is not None and isinstance(x, DTensor):
-                    region.again(full, regather(x, mesh))
+                if scope is not None and isinstance(x, DTensor):
+                    scope.leave_out(full, regather(x, mesh))
                 return full
 
             args, kwargs, stream = self.map_streams(args, kwargs, enter, mesh.size(), other)

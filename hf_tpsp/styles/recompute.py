@@ -38,7 +38,7 @@ def overwritten() -> RuntimeError:
     )
 
 
-class _Again:
+class _LeftOut:
     """Stands for a tensor in the autograd graph: makes it when the first of those who saved it needs it, and lets go of
     it after the last."""
 
@@ -60,20 +60,18 @@ class _Again:
         return value
 
 
-class Region(saved_tensors_hooks):
-    """A block's forward, in which autograd does not save the tensors that were noted with `again`."""
-
-    current: Region | None = None
+class RecomputeScope(saved_tensors_hooks):
+    """A block's forward, in which autograd does not save the tensors that were noted with `leave_out`."""
 
     def __init__(self):
         # By storage, which lives as long as this does; with the tensor's version, which an in-place operation raises.
-        self._known: dict[int, tuple[_Again, Tensor, int]] = {}
+        self._known: dict[int, tuple[_LeftOut, Tensor, int]] = {}
         super().__init__(self._pack, self._unpack)
 
-    def again(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+    def leave_out(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
         """Do not save `tensor` or a view of it; `make()` gives it again, bitwise, in backward. Once the block has written into
         it, it is saved after all."""
-        self._known[tensor.untyped_storage()._cdata] = (_Again(make), tensor, tensor._version)
+        self._known[tensor.untyped_storage()._cdata] = (_LeftOut(make), tensor, tensor._version)
 
     def _pack(self, tensor: Tensor):
         known = None if isinstance(tensor, DTensor) else self._known.get(tensor.untyped_storage()._cdata)
@@ -86,20 +84,28 @@ class Region(saved_tensors_hooks):
     def _unpack(packed) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        again, shape, stride, offset = packed
-        return again.get().as_strided(shape, stride, offset)
+        left_out, shape, stride, offset = packed
+        return left_out.get().as_strided(shape, stride, offset)
 
-    def __enter__(self) -> Region:
+    def __enter__(self) -> RecomputeScope:
         super().__enter__()
-        self._outer, Region.current = Region.current, self
+        self._token = _scope.set(self)
         return self
 
     def __exit__(self, *exc) -> None:
-        Region.current = self._outer
-        for again, tensor, version in self._known.values():
-            again.is_overwritten = tensor._version != version
+        _scope.reset(self._token)
+        for left_out, tensor, version in self._known.values():
+            left_out.is_overwritten = tensor._version != version
         self._known.clear()
         super().__exit__(*exc)
+
+
+_scope: contextvars.ContextVar[RecomputeScope | None] = contextvars.ContextVar("_scope", default=None)
+
+
+def current_scope() -> RecomputeScope | None:
+    """The scope of the block whose forward is running, if it leaves anything out."""
+    return _scope.get()
 
 
 def is_active() -> bool:
