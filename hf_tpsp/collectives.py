@@ -135,11 +135,6 @@ def slice_sequence(full: Tensor, mesh: DeviceMesh) -> DTensor:
     return _Scatter.apply(full, mesh, own_part)
 
 
-def plain(grad: Tensor) -> Tensor:
-    """A gradient that a plain tensor got from a term that is none, such as a DTensor that a hook on a layer has kept."""
-    return grad.full_tensor() if isinstance(grad, DTensor) else grad
-
-
 def to_local(x: DTensor) -> Tensor:
     """DTensor → local tensor; the local gradient is laid out as the DTensor is. No collective."""
     if torch.compiler.is_compiling():

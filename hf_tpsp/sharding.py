@@ -43,8 +43,8 @@ logger = logging.get_logger(__name__)
 def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     """Shard a plain `model` over the mesh of `config`, in place: the steps in their order. See `api.parallelize`."""
     dtensor.quiet_redistribute()
-    dtensor.average_whole_parameters()
     mesh = build_mesh(config)
+    dtensor.average_whole_parameters(mesh)
     if config.async_tp and mesh.device_type != "cuda":
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
     options.check_options(model)

@@ -8,7 +8,6 @@ collective: every rank of the TP group must do it. What nobody reads costs nothi
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +42,7 @@ class LazyWhole(Tensor):
     def __new__(cls, shape: torch.Size, like: Tensor, read: list) -> LazyWhole:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         self._read, self.part = read, None
-        self.source = self.take = self.give = self._grad = None
-        self._retains = False
+        self.source = self.take = self.give = None
         return self
 
     def __init__(self, *args, **kwargs):
@@ -84,24 +82,23 @@ class LazyWhole(Tensor):
         return self.source.register_hook(on_source)
 
     def retain_grad(self) -> None:
-        if self.source is None or self._retains:
-            return None if self._retains else super().retain_grad()
-        self._retains, kept = True, weakref.ref(self)  # its own graph would hold it otherwise
-
-        def keep(grad: Tensor) -> None:
-            if (tensor := kept()) is not None:
-                tensor.grad = grad if tensor.grad is None else tensor.grad + grad
-
-        self.register_hook(keep)
+        if self.source is None:
+            return super().retain_grad()
+        return self.source.retain_grad()
 
     @property
     def grad(self) -> Tensor | None:
-        """After `retain_grad`, the whole gradient."""
-        return self._grad if self._retains else super().grad
+        """After `retain_grad`, the whole of the gradient. Every rank of the TP group must ask for it."""
+        if self.source is None or not self.source.retains_grad:
+            return super().grad
+        return None if self.source.grad is None else self.give(self.source.grad)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        self._grad = value
+        if self.source is None:
+            Tensor.grad.__set__(self, value)
+        else:
+            self.source.grad = value if value is None else self.take(value)
 
     def _plain(self, what: str) -> Tensor:
         if self.requires_grad:

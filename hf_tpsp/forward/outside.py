@@ -146,8 +146,11 @@ def install(model: nn.Module, layers: list[nn.Module], calls: Calls, is_compiled
         _install_on_layer(layer, calls, is_compiled)
     inside = {module for layer in layers for module in layer.modules()}
     calls.parts = {module for module in model.modules() if module not in inside}
-    for module in calls.parts:
-        module.__deepcopy__ = _refuse_copy
+    for module in model.modules():
+        if any(
+            True for _ in module.parameters()
+        ):  # else it may be one object for all models, as activation functions are
+            module.__deepcopy__ = _refuse_copy
     for module in calls.parts - {model}:
         if any(m in inside for m in module.modules()) and not isinstance(module, nn.ModuleList):
             _install_on_decoder(module, calls)

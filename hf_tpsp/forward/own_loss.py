@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..loss.cross_entropy import on_shards
+from ..loss.cross_entropy import on_shards, with_plain_gradient
 from ..loss.logits import LazyLogits, is_kept_lazy
 
 
@@ -44,8 +44,8 @@ def patch_loss(model: PreTrainedModel, gathered: Callable) -> None:
             kwargs.setdefault("use_cache", False)
         output = inner(*args, **kwargs)
         for loss in (output[0],) if isinstance(output, tuple) else (output.get("loss"),):
-            if type(loss) is Tensor and loss.requires_grad:
-                loss.register_hook(lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad)
+            if type(loss) is Tensor:  # also one of the script's own, or with an auxiliary loss in it
+                with_plain_gradient(loss)
         if isinstance(output, tuple):
             at = 0 if isinstance(output[0], (LazyLogits, DTensor)) else 1  # a loss, which is plain, comes first
             return (*output[:at], finish(output[at], output[0] if at else None), *output[at + 1 :])

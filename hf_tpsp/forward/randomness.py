@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,22 +43,30 @@ def is_faked() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+# Module → where the rates of what is inside it stand: the attributes of a part, or of a part's config, and a name there.
+_rates: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str]]] = weakref.WeakKeyDictionary()
+
+
 def draws(module: nn.Module) -> bool:
     """Whether `module` in training may draw random numbers: a rate of dropout, layerdrop or jitter above zero, of a part of it or
-    of the part's config. Asked each time: a script may set its rates at any time, and add adapters."""
+    of the part's config. The rates are read each time, for a script may set them at any time."""
+    if module not in _rates:
+        _rates[module] = list(_rates_inside(module))
+    return any(isinstance(rate := owner.get(name), float) and rate > 0 for owner, name in _rates[module])
+
+
+def look_again() -> None:
+    """Have `draws` look for rates again: modules were added, such as adapters."""
+    _rates.clear()
+
+
+def _rates_inside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     for part in module.modules():
         own = vars(part)
-        if any(_is_rate(name, value) for name, value in own.items()):
-            return True
-        if "config" in own and any(_is_rate(name, value) for name, value in vars(own["config"]).items()):
-            return True
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-            return True
-    return False
-
-
-def _is_rate(name: str, value: Any) -> bool:
-    return isinstance(value, float) and value > 0 and any(word in name for word in _DRAWING_NAMES)
+        for owner in (own, vars(own["config"])) if hasattr(own.get("config"), "__dict__") else (own,):
+            yield from ((owner, name) for name in owner if any(word in name for word in _DRAWING_NAMES))
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            yield own, "p"
 
 
 @contextlib.contextmanager
@@ -114,6 +123,22 @@ _DRAWS = {
 }  # fmt: skip
 
 
+# Functions that draw nothing at a rate of zero → the place and name of the rate, and its default; likewise of `training`.
+_RATED = {
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout), ((1, "p", 0.5), (2, "training", True))),
+    F.alpha_dropout: ((1, "p", 0.5), (2, "training", False)),
+    torch.dropout: ((1, "p", 0.5), (2, "train", True)),
+    torch.dropout_: ((1, "p", 0.5), (2, "train", True)),
+    F.scaled_dot_product_attention: ((4, "dropout_p", 0.0),),
+}  # fmt: skip
+
+
+def _draws_nothing(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether `func` takes no numbers of the generator, as one process does not: else the common stream would go on by one."""
+    asked = _RATED.get(func, ())
+    return any(not (args[at] if len(args) > at else kwargs.get(name, default)) for at, name, default in asked)
+
+
 class Split(TorchFunctionMode):
     """Inside a split block: numbers for this rank's heads or columns are drawn from its own stream.
 
@@ -140,7 +165,7 @@ class Split(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        drawn_for = args[0] if func in _DRAWS and args else None
+        drawn_for = args[0] if func in _DRAWS and args and not _draws_nothing(func, args, kwargs) else None
         if isinstance(drawn_for, Tensor) and not isinstance(drawn_for, DTensor) and self.is_own(drawn_for):
             with own_stream(self.rank, drawn_for.device):
                 return func(*args, **kwargs)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
-from ..collectives import SEQUENCE, all_gather, all_gather_sequence, plain, reduce_scatter_sequence
+from ..collectives import SEQUENCE, all_gather, all_gather_sequence, reduce_scatter_sequence
 
 CHUNK_BYTES = 64 * 2**20
 """Size of a chunk's fp32 logits on one rank. Large enough for matrix products to be efficient (2,048 tokens of a
@@ -242,7 +242,7 @@ class _SummedLoss(torch.autograd.Function):
             raise RuntimeError(
                 "The chunked loss frees its gradients in its first backward; there can be no second one."
             )
-        upstream = torch.where(ctx.any_label, plain(upstream), 0)
+        upstream = torch.where(ctx.any_label, upstream, 0)
         hidden, weight, bias = (
             None if grad is None else grad.mul_(upstream) for grad in (grads.hidden, grads.weight, grads.bias)
         )
@@ -275,7 +275,7 @@ class _PerTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):
-        head, upstream = ctx.head, plain(upstream)
+        head = ctx.head
         hidden, weight, bias, labels, lse = ctx.saved_tensors
         full = head.gather(hidden)
         grads = _Gradients(full, weight, bias, ctx.needs_input_grad[:3])

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
-from ..collectives import SEQUENCE, plain
+from ..collectives import SEQUENCE
 from ..upstream.autograd import without_inference_mode
 from ..upstream.dtensor import loss_parallel
 from ..vocabulary import require_inside
@@ -71,7 +71,6 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        upstream = plain(upstream)
         grad, valid = ctx.saved_tensors
         upstream = torch.where(valid, upstream, 0)  # which is infinite where there is no label at all
         return (grad * upstream.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
@@ -133,7 +132,7 @@ def vocab_parallel_cross_entropy(
     if not isinstance(logits, (LazyLogits, DTensor)):
         whole = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-        loss = F.cross_entropy(whole, flat, **options)
+        loss = with_plain_gradient(F.cross_entropy(whole, flat, **options))
         return loss.view(labels.shape) if reduction == "none" else loss
     valid = (flat != ignore_index).sum()
     if isinstance(logits, LazyLogits):
@@ -141,15 +140,16 @@ def vocab_parallel_cross_entropy(
     if isinstance(logits, LazyLogits) and logits.is_chunked:
         head, tensors = _chunked_head(logits, ignore_index, label_smoothing, statistics=False)
         if reduction == "none":
-            return logits.hook(token_statistics(head, *tensors, flat).nll).view(labels.shape)
+            return with_plain_gradient(logits.hook(token_statistics(head, *tensors, flat).nll)).view(labels.shape)
         divisor = valid if reduction == "mean" else torch.ones_like(valid)
-        return logits.hook(summed_loss(head, *tensors, flat, divisor))
+        return with_plain_gradient(logits.hook(summed_loss(head, *tensors, flat, divisor)))
     if isinstance(logits, LazyLogits):
         logits = logits.sharded()
     local = logits.to_local(grad_placements=logits.placements)
     loss = _VocabParallelCrossEntropy.apply(
         local.reshape(-1, local.shape[-1]), flat, logits.device_mesh, logits.shape[-1], ignore_index, label_smoothing
     )
+    with_plain_gradient(loss)
     if reduction == "none":
         return loss.view(labels.shape)
     total = loss.sum()
@@ -169,23 +169,31 @@ def vocab_parallel_statistics(
     _check(logits, labels, ignore_index)
     if not isinstance(logits, (LazyLogits, DTensor)):
         return _statistics_of_whole(logits, labels, ignore_index)
-    if isinstance(logits, LazyLogits):
-        logits.spend()
     if not logits.is_chunked:
         return _statistics_of_whole(logits.read(), labels, ignore_index)
+    logits.spend()
     head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
     found = token_statistics(head, *tensors, labels.reshape(-1).to(logits.device))
     nll, *others = (value.view(labels.shape) for value in (found.nll, found.entropy, found.is_top1, found.mean_logit))
-    return TokenStatistics(logits.hook(nll), *others)
+    return TokenStatistics(with_plain_gradient(logits.hook(nll)), *others)
 
 
 def _statistics_of_whole(logits: Tensor, labels: Tensor, ignore_index: int) -> TokenStatistics:
     """The same from whole logits, which something was written into."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(x.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=ignore_index)
+    with_plain_gradient(nll)
     x = x.detach()
     entropy = torch.special.entr(x.softmax(-1)).sum(-1)
     return TokenStatistics(nll.view(labels.shape), entropy, x.argmax(-1) == labels, x.mean(-1))
+
+
+def with_plain_gradient(loss: Tensor) -> Tensor:
+    """`loss`, whose gradient is made plain where it comes as a DTensor: from a sum with a term that is one, such as what a hook
+    on a layer has kept."""
+    if loss.requires_grad:
+        loss.register_hook(lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad)
+    return loss
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:

@@ -113,7 +113,8 @@ class LazyLogits(Tensor):
         return (self if self.origin is None else self.origin)._is_spent
 
     def spend(self) -> None:
-        if not self.is_written:
+        """Note that a loss, with a gradient, is computed from these."""
+        if torch.is_grad_enabled() and not self.is_written:
             (self if self.origin is None else self.origin)._is_spent = True
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -122,7 +123,7 @@ class ReplicatedGradients:
                 self._handles.append(param.register_hook(lambda grad: grad / self.mesh.size()))
             if hooks := param._post_accumulate_grad_hooks:
                 self._hooks.append((param, hooks))
-                param._post_accumulate_grad_hooks = None
+                param._post_accumulate_grad_hooks = OrderedDict()  # None would leave autograd those that it has
         # FSDP's own final callback was queued when the loss's gradient arrived, so it runs before this one.
         torch.autograd.Variable._execution_engine.queue_callback(callback)
 

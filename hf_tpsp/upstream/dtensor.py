@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parallel
@@ -114,15 +115,16 @@ class _WholeParameter(torch.autograd.Function):
 _full_tensor = DTensor.full_tensor
 
 
-def average_whole_parameters() -> None:
+def average_whole_parameters(mesh: DeviceMesh) -> None:
     """torch 2.13 (tensor/_api.py, `full_tensor`) takes it that all ranks compute the same from a whole parameter, those of data
-    parallelism too: of a gradient, each would keep its own part of its own. Delete when FSDP2's parameters average there."""
+    parallelism too: of a gradient, each would keep its own part of its own. Have trained parameters on `mesh`, and no other
+    tensors, average there. Delete when FSDP2's do."""
+    mesh._tpsp_averages = True  # also asked of the meshes that are cut out of it
 
     @functools.wraps(_full_tensor)
     def full_tensor(self, *, grad_placements=None):
-        names = self.device_mesh.mesh_dim_names or ()
-        is_ours = self.is_leaf and self.requires_grad and len(names) > 1 and names[-1] == "tp"
-        if is_ours and torch.is_grad_enabled() and grad_placements is None:
+        is_trained = self.is_leaf and self.requires_grad and torch.is_grad_enabled()
+        if is_trained and grad_placements is None and hasattr(self.device_mesh._get_root_mesh(), "_tpsp_averages"):
             return _WholeParameter.apply(self)
         return _full_tensor(self, grad_placements=grad_placements)
 

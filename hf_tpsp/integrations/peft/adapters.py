@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from ...config import TPSPConfig
+from ...forward import randomness
 from ...sharding import shard
 from ...state import cut_whole_tensors, full_state_dict, parallelized_model
 from ...styles.base import Style, TensorParallel
@@ -132,6 +133,7 @@ def shard_adapters(model: PeftModel) -> None:
     tp.gradients.average_over(base._tpsp.mesh)
     for module, style in layouts:
         _shard(module, style, mesh, tp)
+    randomness.look_again()
     base._tpsp = replace(base._tpsp, saved=saved_state_dict)
 
 
