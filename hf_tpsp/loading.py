@@ -50,7 +50,9 @@ class _Meshes:
 
 
 def is_causal_lm(cls: type) -> bool:
-    config = cls.config_class  # looked up by its config: the mapping's values() would import every model of transformers
+    config = (
+        cls.config_class
+    )  # looked up by its config: the mapping's values() would import every model of transformers
     named = config in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[config] is cls
     return named or cls.__name__.endswith("ForCausalLM")
 
