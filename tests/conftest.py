@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
@@ -17,10 +18,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.fast)
 
 
+def pytest_collection_finish():
+    """What was imported stays: the collections that accelerate asks for after each training need not walk through it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """The session's rank pool: `ranks.run(world_size, function, …)`."""
-    pool = RankPool()
+    pool = RankPool(
+        preload=["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "transformers.models.qwen2.modeling_qwen2"]
+    )
     yield pool
     pool.stop()
 

@@ -155,8 +155,7 @@ def test_twenty_steps_interrupted_and_resumed(ranks, tiny, tmp_path):
     whole = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "whole"), steps=20)
     for log in whole:
         assert_equal_logs(log, expected)
-    ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "cut"), steps=20, stop=10)
-    checkpoint = str(tmp_path / "cut" / "checkpoint-10")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-10")  # as LoRA's below, but left by a run that went on
     resumed = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "cut"), steps=20, resume=checkpoint)
     resumed[0][0]["before"] = whole[0][0]["before"]  # evaluated before the checkpoint was read
     worst = differences(resumed[0], whole[0], first=11)
@@ -177,8 +176,8 @@ def test_twenty_steps_interrupted_and_resumed(ranks, tiny, tmp_path):
     [
         (TPSPConfig(tp_size=4), {}),
         (TPSPConfig(tp_size=2, dp_replicate_size=2), {}),
-        (MESH_2x2, {"activation_checkpointing": True}),
-        (TPSPConfig(tp_size=2, dp_shard_size=2, activation_checkpointing="full"), {}),
+        (MESH_2x2, {"activation_checkpointing": True, "save_strategy": "no"}),
+        (TPSPConfig(tp_size=2, dp_shard_size=2, activation_checkpointing="full"), {"save_strategy": "no"}),
     ],
     ids=["pure TP", "HSDP", "Trainer's activation checkpointing", "TPSPConfig's"],
 )
@@ -187,8 +186,9 @@ def test_meshes_and_checkpointing(ranks, tiny, expected, tmp_path, config, optio
 
 
 def test_label_smoothing(ranks, tiny, tmp_path):
-    expected = train(tiny, str(tmp_path / "one"), 1, label_smoothing_factor=0.1)
-    found = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "mesh"), label_smoothing_factor=0.1)
+    options = {"label_smoothing_factor": 0.1, "steps": 4, "save_strategy": "no"}
+    expected = train(tiny, str(tmp_path / "one"), 1, **options)
+    found = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "mesh"), **options)
     assert_equal_logs(found[0], expected)
 
 
@@ -402,12 +402,17 @@ def bf16_on_mesh(model: str, out: str, mixed_precision: str, **options) -> dict:
     return {"log": log, **seen}
 
 
+@pytest.fixture(scope="module")
+def expected_in_bf16(tiny, tmp_path_factory):
+    return train(tiny, str(tmp_path_factory.mktemp("bf16")), 1, bf16=True, **QUICK)
+
+
 @pytest.mark.parametrize(
     ("mixed_precision", "options"), [("no", {"bf16": True}), ("bf16", {})], ids=["the script's", "the preset's"]
 )
-def test_bf16_has_fp32_masters(ranks, tiny, tmp_path, mixed_precision, options):
-    expected = train(tiny, str(tmp_path / "one"), 1, bf16=True)
-    for found in ranks.run(4, bf16_on_mesh, tiny, str(tmp_path / "mesh"), mixed_precision, **options):
+def test_bf16_has_fp32_masters(ranks, tiny, expected_in_bf16, tmp_path, mixed_precision, options):
+    expected = expected_in_bf16
+    for found in ranks.run(4, bf16_on_mesh, tiny, str(tmp_path / "mesh"), mixed_precision, **QUICK, **options):
         assert found["weights"] == found["gradients"] == {torch.float32}
         assert found["compute"] == torch.bfloat16
         losses = [[e["loss"] for e in log if "loss" in e] for log in (found["log"], expected)]
@@ -425,7 +430,7 @@ def with_the_callback(model: str, out: str) -> list[dict]:
         with torch.no_grad():
             if dist.get_rank() == 0:
                 loaded.load_state_dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict())
-        return train(loaded, out, 2, callbacks=[callback])
+        return train(loaded, out, 2, callbacks=[callback], save_strategy="no")
     finally:
         session.current().disable()
 

@@ -54,7 +54,11 @@ class _Meshes:
 
 
 def is_causal_lm(cls: type) -> bool:
-    return cls in MODEL_FOR_CAUSAL_LM_MAPPING.values() or cls.__name__.endswith("ForCausalLM")
+    config = (
+        cls.config_class
+    )  # looked up by its config: the mapping's values() would import every model of transformers
+    named = config in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[config] is cls
+    return named or cls.__name__.endswith("ForCausalLM")
 
 
 def check_not_quantized(config: PreTrainedConfig | None) -> None:

@@ -3,18 +3,57 @@
 `RankPool.run(world_size, function, *args)` runs a picklable function on `world_size` ranks and returns what each rank
 returned. Ranks of one world size are started once and keep their process group. A rank that raises, or a call that
 outlives its time, ends them all; the call raises with that rank's traceback, and the next one starts new ranks.
+
+Starting ranks is cheap, for they are forked from two templates, processes that have done nothing but import. They are two because
+Python draws the order of a set of strings anew in each process: ranks that are neighbours in a mesh see different orders,
+as they would in a launch of their own.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib
 import multiprocessing as mp
+import multiprocessing.connection
+import multiprocessing.reduction
 import os
+import signal
+import sys
 import traceback
+from collections.abc import Iterable
 
 from torch.distributed import TCPStore
 
 
-def _worker(rank: int, world_size: int, port: int, pipe) -> None:
+def _template(preload: tuple[str, ...], pipe) -> None:
+    """Fork a rank for each `(rank, world_size, port)` that comes, followed by its end of a pipe; end it for its process id."""
+    for name in ("torch", "transformers", "accelerate", *preload):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a rank's collections need not walk through all that was imported, nor copy the pages it lies on
+    while (request := pipe.recv()) is not None:
+        if isinstance(request, int):
+            os.kill(request, signal.SIGKILL)
+            os.waitpid(request, 0)
+            pipe.send(None)
+            continue
+        handle = mp.reduction.recv_handle(pipe)
+        if (pid := os.fork()) == 0:
+            pipe.close()
+            try:
+                _rank(*request, mp.connection.Connection(handle))
+            except (EOFError, ConnectionError):  # the pool has gone
+                pass
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
+        os.close(handle)
+        pipe.send(pid)
+
+
+def _rank(rank: int, world_size: int, port: int, pipe) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",
@@ -25,9 +64,12 @@ def _worker(rank: int, world_size: int, port: int, pipe) -> None:
     import transformers
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
+    from torch.distributed import device_mesh
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    # A mesh makes process groups, with threads of their own, that nobody closes: one mesh of each shape serves all tasks.
+    device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     pristine = dict(os.environ)
     while (task := pipe.recv()) is not None:
         function, args, kwargs = task
@@ -43,27 +85,48 @@ def _worker(rank: int, world_size: int, port: int, pipe) -> None:
 
 
 class RankPool:
-    def __init__(self):
-        self._stores: dict[int, TCPStore] = {}
-        self._worlds: dict[int, list[tuple[mp.Process, mp.connection.Connection]]] = {}
+    """Ranks of any world size, started when they are first asked for. Needs a system that forks: Linux.
 
-    def _start(self, world_size: int) -> list[tuple[mp.Process, mp.connection.Connection]]:
-        # Listening from here on: a port that was only found to be free may be somebody's by the time a rank takes it.
-        store = self._stores[world_size] = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        context, ranks = mp.get_context("spawn"), []
-        for rank in range(world_size):
+    Args:
+        preload: names of modules that the functions will need, to be imported once and not by each rank.
+    """
+
+    def __init__(self, preload: Iterable[str] = ()):
+        self._preload = tuple(preload)
+        self._templates: list[tuple[mp.Process, mp.connection.Connection]] = []
+        self._stores: dict[int, TCPStore] = {}
+        # World size → the template, the process id and the pipe of each rank.
+        self._worlds: dict[int, list[tuple[mp.connection.Connection, int, mp.connection.Connection]]] = {}
+
+    def _start_templates(self) -> None:
+        context = mp.get_context("spawn")
+        for _ in range(2):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, world_size, store.port, theirs), daemon=True)
+            process = context.Process(target=_template, args=(self._preload, theirs), daemon=True)
             process.start()
             theirs.close()
-            ranks.append((process, ours))
+            self._templates.append((process, ours))
+
+    def _start(self, world_size: int) -> list[tuple[mp.connection.Connection, int, mp.connection.Connection]]:
+        if not self._templates:
+            self._start_templates()
+        # Listening from here on: a port that was only found to be free may be somebody's by the time a rank takes it.
+        store = self._stores[world_size] = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        ranks = []
+        for rank in range(world_size):
+            ours, theirs = mp.Pipe()
+            process, template = self._templates[rank.bit_count() % 2]  # another one than its neighbours' in any mesh
+            template.send((rank, world_size, store.port))
+            mp.reduction.send_handle(template, theirs.fileno(), process.pid)
+            theirs.close()
+            ranks.append((template, template.recv(), ours))
         return ranks
 
     def run(self, world_size: int, function, *args, timeout: float = 240, **kwargs) -> list:
         """What `function(*args, **kwargs)` returned on each rank, in rank order. Raises RuntimeError if one failed."""
         if world_size not in self._worlds:
             self._worlds[world_size] = self._start(world_size)
-        pipes = [pipe for _, pipe in self._worlds[world_size]]
+        pipes = [pipe for *_, pipe in self._worlds[world_size]]
         for pipe in pipes:
             pipe.send((function, args, kwargs))
         results: dict[int, object] = {}
@@ -85,12 +148,17 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def _stop(self, world_size: int) -> None:
-        for process, pipe in self._worlds.pop(world_size):
-            process.kill()
-            process.join()
+        for template, pid, pipe in self._worlds.pop(world_size):
+            template.send(pid)
+            template.recv()
             pipe.close()
         self._stores.pop(world_size, None)
 
     def stop(self) -> None:
         for world_size in list(self._worlds):
             self._stop(world_size)
+        while self._templates:
+            process, pipe = self._templates.pop()
+            process.kill()
+            process.join()
+            pipe.close()

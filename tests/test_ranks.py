@@ -1,0 +1,85 @@
+"""The pool of ranks: what one task leaves, and what ends a world."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
+from torch.distributed.device_mesh import init_device_mesh
+
+from hf_tpsp import TPSPConfig
+from hf_tpsp.state import build_mesh
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def task() -> int:
+    """Every mesh of a training: hf_tpsp's, accelerate's, a script's. Returns the threads after them."""
+    meshes = (
+        build_mesh(TPSPConfig(tp_size=2)),
+        ParallelismConfig(tp_size=2).build_device_mesh("cpu"),
+        init_device_mesh("cpu", (2,), mesh_dim_names=("mine",)),
+    )
+    for mesh in meshes:
+        one = torch.ones(1)
+        dist.all_reduce(one, group=mesh.get_group(mesh.ndim - 1))
+        assert one.item() == 2
+    return threads()
+
+
+def test_threads_do_not_grow_with_the_tasks(ranks):
+    """Process groups have threads, and no mesh closes its groups."""
+    counts = [ranks.run(2, task) for _ in range(8)]
+    assert all(count == counts[1] for count in counts[2:]), counts
+
+
+def state() -> tuple:
+    found = os.environ.get("LEFT"), torch.initial_seed(), dist.get_rank(), hash("a name")
+    os.environ["LEFT"] = "something"
+    torch.manual_seed(7)
+    return found
+
+
+def test_a_task_finds_a_clean_process(ranks):
+    """Neighbours in a mesh of 2 x 2 have sets of names in different orders, as processes launched on their own have."""
+    for _ in range(2):
+        found = ranks.run(4, state)
+    assert [entry[:3] for entry in found] == [(None, 0, rank) for rank in range(4)]
+    order = [entry[3] for entry in found]
+    assert order[0] != order[1] and order[0] != order[2] and order[3] != order[1] and order[3] != order[2]
+
+
+def fails_on_the_first(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    if dist.get_rank() == 0:
+        raise ValueError("this rank fails")
+    dist.barrier()  # for ever
+
+
+def test_a_rank_that_fails_ends_its_world(ranks, tmp_path):
+    """Those that wait for it too; the next task finds new ranks at once."""
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0 failed:.*ValueError: this rank fails"):
+        ranks.run(2, fails_on_the_first, str(tmp_path))
+    assert not any(Path(f"/proc/{path.name}").exists() for path in tmp_path.iterdir())
+    assert ranks.run(2, dist.get_rank) == [0, 1]
+
+
+def test_a_task_that_takes_too_long(ranks):
+    with pytest.raises(RuntimeError, match="gave no answer"):
+        ranks.run(2, time.sleep, 60, timeout=0.1)
+    assert ranks.run(2, dist.get_rank) == [0, 1]
+
+
+def dies() -> None:
+    os._exit(1)
+
+
+def test_a_rank_that_dies(ranks):
+    with pytest.raises(RuntimeError, match="the process died"):
+        ranks.run(1, dies)
+    assert ranks.run(1, dist.get_rank) == [0]
