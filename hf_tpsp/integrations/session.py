@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from transformers.utils import logging
 
@@ -45,7 +46,7 @@ class Enabled:
     def __enter__(self) -> Enabled:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: Any) -> None:
         self.disable()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -40,7 +41,7 @@ def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
     if not routers:
         return
 
-    def share(module, args, output):
+    def share(module: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(output, dict) and output.get("router_logits") is not None:
             # Those that a block returned, and did not only compute, are shared already.
             shared = (x if hasattr(x, "_tpsp_shared") else OneShare.apply(x, tp_size) for x in output["router_logits"])

@@ -77,7 +77,7 @@ class Style:
     one. The two strings name the collectives on the activations, for the table that `hf-tpsp plan` prints. For example:
 
         class ColumnBias(Style):  # a bias of which each rank has a part of the features, as its input has
-            def placement(self, module, name, param):
+            def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
                 return Shard(0)
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from ..loss.logits import LazyLogits
 from ..state import style_of
 from ..structure import is_norm
 from . import recompute
-from .base import Style, parts_read_by
+from .base import Style, TensorParallel, parts_read_by
 from .recompute import RecomputeScope, current_scope, regather
 from .stream import Norm
 
@@ -58,10 +58,10 @@ class Replica(Norm):
 
     is_read_by_owner = True
 
-    def is_partial(self, name):
+    def is_partial(self, name: str) -> bool:
         return self.parameter_rules.get(name) in (None, "mean")
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         if is_norm(module):  # so that only its input is kept
             return super().run(module, inner, tp, args, kwargs)
         return inner(*args, **kwargs)  # the block has made the parameters plain
@@ -76,7 +76,7 @@ class Copy(Style):
 class Activation(Style):
     """An activation function inside a region. Its output is not kept for backward, but computed from its input again."""
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         if (scope := current_scope()) is None:
             return inner(*args, **kwargs)
         kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
@@ -117,11 +117,11 @@ class Block(Style):
         self.variants = variants
         self.inside: list[nn.Module] = []  # the modules whose parameters are made plain at the entry
 
-    def install(self, module, tp):
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
         self.inside = list(parts_read_by(module))
         super().install(module, tp)
 
-    def adjust(self, module, rank, size):
+    def adjust(self, module: nn.Module, rank: int, size: int) -> None:
         self.heads = next((n for name in self.HEADS if isinstance(n := getattr(self.of(module), name, None), int)), 0)
         if "heads" in self.variants or "widths" in self.variants:
             for part in module.modules():
@@ -147,7 +147,7 @@ class Block(Style):
         return module if any(hasattr(module, n) for n in Block.HEADS) else getattr(module, "config", None)
 
     @contextlib.contextmanager
-    def local_parameters(self, module, tp):
+    def local_parameters(self, module: nn.Module, tp: TensorParallel) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(super().local_parameters(module, tp))
             for part in self.inside:
@@ -264,10 +264,10 @@ class Gather(Block):
         if self.regather_inputs:
             self.backward_collective = "2 all-gathers, reduce-scatter"
 
-    def is_partial(self, name):
+    def is_partial(self, name: str) -> bool:
         return name not in self.parameter_rules
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         mesh = tp.mesh
 
         def other(x: Tensor) -> Tensor:  # each rank's gradient of what all ranks hold is a term of the sum
@@ -291,7 +291,7 @@ class Gather(Block):
         self.write_back(entered, mesh)
         return self.exit(output, stream, mesh)
 
-    def exit_beside(self, x, mesh):
+    def exit_beside(self, x: Any, mesh: DeviceMesh) -> Any:
         if not isinstance(x, Tensor):
             return x
         if x.dim() == 4 and x.shape[1] * mesh.size() == self.heads:  # attention weights, of this rank's heads
@@ -317,7 +317,7 @@ class Whole(Block):
         super().__init__(config, *variants, **given)
         self.forward_collective = self.backward_collective = "all-gather" if config.sequence_parallel else "-"
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         entered: list[tuple[Tensor, Tensor, int]] = []
 
         def enter(x: Tensor) -> Tensor:
@@ -334,8 +334,8 @@ class Whole(Block):
         self.write_back(entered, tp.mesh)
         return self.exit(output, stream, tp.mesh) if isinstance(stream, DTensor) else output
 
-    def leave_region(self, whole, mesh):
-        return slice_sequence(whole, mesh)
+    def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        return slice_sequence(partial, mesh)
 
-    def written(self, full, mesh, is_sharded):
+    def written(self, full: Tensor, mesh: DeviceMesh, is_sharded: bool) -> Tensor:
         return slice_sequence(full, mesh)

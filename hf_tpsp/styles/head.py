@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from ..collectives import enter_region, sharded_features
 from ..config import TPSPConfig
 from ..loss.logits import LazyLogits
-from .base import Style
+from .base import Style, TensorParallel
 
 
 class Head(Style):
@@ -27,10 +29,10 @@ class Head(Style):
         self.forward_collective = "all-gather" if config.sequence_parallel else "-"
         self.backward_collective = "reduce-scatter" if config.sequence_parallel else "all-reduce"
 
-    def placement(self, module, name, param):
+    def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         return Shard(0)
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         (hidden,) = args
         tp.gradients.arm_with(hidden)
         if not isinstance(hidden, DTensor):  # without SP the stream is plain

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from ..collectives import CopyToRegion, chunk_of, local_slice, own_features, sharded_features
 from ..config import TPSPConfig
 from ..structure import features, is_transposed
 from . import recompute
-from .base import Style
+from .base import Style, TensorParallel
 
 
 class Colwise(Style):
@@ -29,10 +30,10 @@ class Colwise(Style):
     width: int | None = None
     rows: Tensor | None = None
 
-    def placement(self, module, name, param):
+    def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         return Shard(1 if is_transposed(module) and name == "weight" else 0)
 
-    def adjust(self, module, rank, size):
+    def adjust(self, module: nn.Module, rank: int, size: int) -> None:
         if is_transposed(module):  # its forward reads the width of its output
             self.width = module.nf
             module.nf = len(rows_of((str(module.nf),), rank, size))
@@ -59,24 +60,24 @@ class PackedColwise(Colwise):
         super().__init__(config, **given)
         self.parts = parts
 
-    def placement(self, module, name, param):
+    def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         if name == "bias":
             return Replicate()
         return _StridedShard(super().placement(module, name, param).dim, split_factor=len(self.parts))
 
-    def is_partial(self, name):
+    def is_partial(self, name: str) -> bool:
         return name == "bias"
 
-    def adjust(self, module, rank, size):
+    def adjust(self, module: nn.Module, rank: int, size: int) -> None:
         super().adjust(module, rank, size)
         self.rows = rows_of(self.parts, rank, size)
 
-    def simulate_rank(self, module, rank, size):
+    def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
         super().simulate_rank(module, rank, size)
         if module.bias is not None:
             module.bias = nn.Parameter(module.bias[self.rows])
 
-    def local_value(self, module, name, param, tp):
+    def local_value(self, module: nn.Module, name: str, param: DTensor, tp: TensorParallel) -> Tensor:
         value = super().local_value(module, name, param, tp)
         return value.index_select(0, self.rows_on(value.device)) if name == "bias" else value
 
@@ -98,17 +99,17 @@ class GatheredColwise(Colwise):
         super().__init__(config, **given)
         self.parts = parts
 
-    def adjust(self, module, rank, size):
+    def adjust(self, module: nn.Module, rank: int, size: int) -> None:
         super().adjust(module, rank, size)
         if self.parts:
             self.rows = rows_of(self.parts, rank, size)
 
-    def simulate_rank(self, module, rank, size):
+    def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
         if self.parts:
             inner, rows = module.forward, rows_of(self.parts, rank, size)
             module.forward = lambda x: inner(x).index_select(-1, rows)
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         full = self.gather_features(super().run(module, inner, tp, args, kwargs), module, tp.mesh, Partial())
         return full.index_select(-1, self.rows_on(full.device)) if self.parts else full
 
@@ -123,10 +124,10 @@ class WholeColwise(Colwise):
     backward_collective = "all-reduce"
     splits_features = False  # as the block sees it
 
-    def simulate_rank(self, module, rank, size):
+    def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
         """Every rank has the whole output."""
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         (x,) = args
         out = super().run(module, inner, tp, (CopyToRegion.apply(x, tp.mesh),), kwargs)
         return self.gather_features(out, module, tp.mesh, Replicate())
@@ -154,16 +155,16 @@ class Rowwise(Style):
 
     splits_features = True
 
-    def placement(self, module, name, param):
+    def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         return Replicate() if name == "bias" else Shard(0 if is_transposed(module) else 1)
 
-    def is_partial(self, name):
+    def is_partial(self, name: str) -> bool:
         return name == "bias"
 
-    def as_partial(self, name, value, size):
+    def as_partial(self, name: str, value: Tensor, size: int) -> Tensor:
         return value / size if name == "bias" else value
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         with self.local_parameters(module, tp), recompute.partial_product():
             return inner(*args, **kwargs)
 
@@ -171,7 +172,7 @@ class Rowwise(Style):
 class SplitRowwise(Rowwise):
     """A row-parallel layer whose input every rank has whole: each takes its own features of it."""
 
-    def simulate_rank(self, module, rank, size):
+    def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
         width = features(module)[0]
         super().simulate_rank(module, rank, size)
         inner = module.forward
@@ -179,6 +180,6 @@ class SplitRowwise(Rowwise):
             inner(local_slice(x, Shard(x.dim() - 1), rank, size)) if x.shape[-1] == width else inner(x)
         )
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         (x,) = args
         return super().run(module, inner, tp, (own_features(x, tp.mesh),), kwargs)

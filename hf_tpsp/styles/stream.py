@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement
 
 from ..collectives import OneShare, from_local, slice_sequence, to_local
 from ..config import TPSPConfig
 from ..state import style_of
 from ..vocabulary import require_inside
 from . import recompute
-from .base import Style, parts_read_by
+from .base import Style, TensorParallel, parts_read_by
 from .recompute import Recomputed
 
 
@@ -33,10 +35,10 @@ class Embedding(Style):
         self.forward_collective = "reduce-scatter" if self.sequence_parallel else "all-reduce"
         self.backward_collective = "all-gather" if self.sequence_parallel else "-"
 
-    def placement(self, module, name, param):
+    def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         return Shard(0)
 
-    def install(self, module, tp):
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
         if module.max_norm is not None:
             raise ValueError("An embedding with max_norm rescales rows in forward and cannot be vocabulary-sharded.")
         weight = module.weight
@@ -44,7 +46,7 @@ class Embedding(Style):
         self.start, self.rows = start, rows
         super().install(module, tp)
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         (ids,) = args or kwargs.values()
         require_inside("input_ids", ids, module.num_embeddings)
         start, rows = self.start, self.rows
@@ -70,19 +72,19 @@ class Stream(Style):
 
     reads_parts = True
 
-    def install(self, module, tp):
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
         if self.sequence_parallel:
             return
         inside = list(parts_read_by(module))
         open_contexts = []
 
-        def before(module, args):
+        def before(module: nn.Module, args: tuple) -> None:
             open_contexts.append(contextlib.ExitStack())
             open_contexts[-1].enter_context(self.local_parameters(module, tp))
             for part in inside:
                 open_contexts[-1].enter_context(style_of(part).local_parameters(part, tp))
 
-        def after(module, args, output):
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
             open_contexts.pop().close()
 
         module.register_forward_pre_hook(before)
@@ -102,7 +104,7 @@ class Enter(Stream):
         super().__init__(config, **given)
         self.names = names
 
-    def install(self, module, tp):
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
         super().install(module, tp)
         order = list(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -112,7 +114,7 @@ class Enter(Stream):
             return slice_sequence(x, tp.mesh)
 
         # A hook, not a wrapped forward: transformers checkpoints a layer only if its class's own forward is called.
-        def enter(module, args, kwargs):
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not tp.gradients.computes_model():  # a layer that the script calls by itself: plain in, plain out
                 return None
             args = tuple(
@@ -131,10 +133,10 @@ class Norm(Style):
     With `regather_inputs` only its input is kept, and it runs once more in backward.
     """
 
-    def is_partial(self, name):
+    def is_partial(self, name: str) -> bool:
         return self.sequence_parallel
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         if not args:
             first, *names = kwargs
             args, kwargs = (kwargs[first],), {name: kwargs[name] for name in names}
@@ -154,7 +156,7 @@ class Norm(Style):
         return from_local(out, x) if isinstance(x, DTensor) else out
 
 
-def recomputed(module: nn.Module, inner, x: Tensor) -> Tensor:
+def recomputed(module: nn.Module, inner: Callable, x: Tensor) -> Tensor:
     """`inner(x)`, the forward of `module`, of which only `x` is kept for backward."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
 

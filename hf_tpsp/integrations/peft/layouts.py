@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -17,7 +19,7 @@ from ...collectives import all_reduce, own_features, to_local
 from ...config import TPSPConfig
 from ...state import style_of
 from ...structure import is_norm
-from ...styles.base import Style
+from ...styles.base import Style, TensorParallel
 from ...styles.block import Copy, Replica, Whole
 from ...styles.head import Head
 from ...styles.linear import Colwise, GatheredColwise, PackedColwise, Rowwise, SplitRowwise, WholeColwise
@@ -46,13 +48,13 @@ class Adapter(Style):
         self._placement, self._is_sum, self.splits_input, self.rows = placement, is_sum, splits_input, rows
         self.outside_fsdp = True
 
-    def placement(self, module, name, param):
+    def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         return self._placement
 
-    def is_partial(self, name):
+    def is_partial(self, name: str) -> bool:
         return self._is_sum
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         (x,) = args
         x = own_features(x, tp.mesh) if self.splits_input else x
         out = super().run(module, inner, tp, (x,), kwargs)
@@ -127,13 +129,13 @@ class Magnitude(Adapter):
         super().__init__(config, placement, is_sum)
         self.layer = layer
 
-    def install(self, module, tp):
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
         super().install(module, tp)
         module.get_lora_weight = _local_product
         over = tp.mesh if isinstance(self.layer, Rowwise) else None
         module.get_weight_norm = functools.partial(_norm_of_rows, module.fan_in_fan_out, over)
 
-    def run(self, module, inner, tp, args, kwargs):
+    def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         with self.layer.local_parameters(kwargs["base_layer"], tp):
             return super().run(module, inner, tp, args, kwargs)
 
