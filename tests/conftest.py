@@ -13,7 +13,12 @@ def pytest_collection_modifyitems(items):
     """`-m fast` is what starts no ranks on this machine and simulates none."""
     for item in items:
         starts_ranks = {"ranks", "work"} & set(item.fixturenames)
-        simulates = item.module.__name__ in ("test_simulate", "test_estimation", "test_recompute", "test_verify")
+        simulates = item.module.__name__.rpartition(".")[2] in (
+            "test_simulate",
+            "test_estimation",
+            "test_recompute",
+            "test_verify",
+        )
         if not starts_ranks and not simulates:
             item.add_marker(pytest.mark.fast)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from test_trainer import Rows, assert_equal_logs, train, train_on_mesh
+from training import Rows, assert_equal_logs, train, train_on_mesh
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig

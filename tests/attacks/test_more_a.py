@@ -4,8 +4,8 @@ import parity
 import pytest
 import torch
 import torch.nn.functional as F
-from test_order import BATCH, gradient_error, pair, weighted
 
+from attacks.pairs import BATCH, gradient_error, pair, weighted
 from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
 from hf_tpsp.loss.cross_entropy import vocab_parallel_statistics
 from hf_tpsp.loss.logits import LazyLogits

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from test_logits import built
-from test_order import BATCH, MESHES, gradient_error, pair
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import hf_tpsp
+from attacks.pairs import BATCH, MESHES, gradient_error, pair
+from attacks.test_logits import built
 from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
 from hf_tpsp.loss.logits import LazyLogits
 from hf_tpsp.tools.verify.comparison import Errors, compare_gradients, full, relative

@@ -5,11 +5,11 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
-from test_random import alike, build
 from torch import nn
 from torch.distributed.tensor import Replicate
 
 import hf_tpsp
+from attacks.test_random import alike, build
 from hf_tpsp import TPSPConfig
 
 # ---- random numbers: ranks that a script seeds apart between two steps --------------------------------------------------

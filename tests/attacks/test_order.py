@@ -1,6 +1,5 @@
 """The order in which a script does things: what it looks at, and calls, before and between the steps of training."""
 
-import contextlib
 import functools
 
 import models
@@ -10,69 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import hf_tpsp
+from attacks.pairs import BATCH, MESHES, gradient_error, pair, parallel, weighted
 from hf_tpsp import TPSPConfig
-from hf_tpsp.tools.verify.comparison import full, larger, relative
-
-MESHES = {
-    "1x2": TPSPConfig(tp_size=2),
-    "2x2": TPSPConfig(tp_size=2, dp_shard_size=2),
-    "hsdp": TPSPConfig(tp_size=2, dp_replicate_size=2),
-    "2x2 no SP": TPSPConfig(tp_size=2, dp_shard_size=2, sequence_parallel=False),
-    "2x2 loss_parallel": TPSPConfig(tp_size=2, dp_shard_size=2, loss="loss_parallel"),
-    "2x2 kept": TPSPConfig(tp_size=2, dp_shard_size=2, reshard_after_forward=False),
-}
-BATCH = models.batch(4, 17)
-
-
-def pair(config: TPSPConfig, tied: bool = False, lora: bool = False, model_type: str = "qwen2", **settings):
-    """The reference, the sharded model, and the rows of this rank."""
-    reference, model = (models.build(model_type, tied=tied, **settings).train() for _ in range(2))
-    hf_tpsp.parallelize(model, config)
-    if lora:
-        with hf_tpsp.enable(config):
-            reference, model = (with_adapters(part) for part in (reference, model))
-    return reference, model, parity.shard_batch(BATCH, parallel(model).mesh)
-
-
-def with_adapters(model):
-    """LoRA whose second matrix is not zero, so that both have gradients."""
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], r=4))
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if "lora_" in name:
-            value = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1
-            with torch.no_grad():
-                parameter.copy_(
-                    torch.distributed.tensor.distribute_tensor(
-                        value, parameter.device_mesh, parameter.placements, src_data_rank=None
-                    )
-                    if isinstance(parameter, DTensor)
-                    else value
-                )
-    return model
-
-
-def parallel(model):
-    return next(m for m in model.modules() if "_tpsp" in vars(m))._tpsp
-
-
-def gradient_error(reference, model) -> tuple[float, str]:
-    """The largest relative error over all gradients, and whose it is."""
-    worst, where = 0.0, ""
-    expected = dict(reference.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} is not sharded"
-        assert (parameter.grad is None) == (expected[name].grad is None), name
-        if parameter.grad is not None:
-            error = relative(full(parameter.grad), expected[name].grad)
-            worst, where = (error, name) if larger(worst, error) is not worst else (worst, where)
-    return worst, where
-
+from hf_tpsp.tools.verify.comparison import full, relative
 
 # ---- 5: parameters between the steps -------------------------------------------------------------------------------
 
@@ -362,117 +305,7 @@ def test_autograd_grad(ranks, lora):
             assert error < 1e-5, name
 
 
-# ---- 8: bf16, wherever the model and the accelerator come from -------------------------------------------------------
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, row):
-        return {name: value[row % 4] for name, value in BATCH.items()}
-
-
-class Seen(TrainerCallback):
-    """Of what dtype a layer is given its stream, and the parameters are."""
-
-    def __init__(self):
-        self.dtypes = set()
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.dtypes.add(("parameter", *{p.dtype for p in model.parameters()}))
-        model.get_decoder().layers[1].mlp.register_forward_hook(lambda m, i, o: self.dtypes.add(("output", o.dtype)))
-
-
-def from_init(folder: str, out: str, config: TPSPConfig | None, init: bool, dtype: torch.dtype) -> tuple:
-    with hf_tpsp.enable(config) if config else contextlib.nullcontext():
-
-        def make():
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-        args = TrainingArguments(
-            out, use_cpu=True, bf16=True, max_steps=3, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-            learning_rate=1e-2, per_device_train_batch_size=4 // (config.dp_size if config else 1),
-        )  # fmt: skip
-        seen = Seen()
-        given = {"model_init": make} if init else {"model": make()}
-        trainer = Trainer(args=args, train_dataset=Rows(), callbacks=[seen], **given)
-        trainer.train()
-    return [(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e], seen.dtypes
-
-
-def in_a_loop(folder: str, config: TPSPConfig | None, dtype: torch.dtype, lora: bool = False) -> tuple:
-    """`Accelerator(mixed_precision="bf16")`, whose optimizer is made before `prepare`."""
-    with hf_tpsp.enable(config) if config else contextlib.nullcontext():
-        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
-        if lora:
-            model = with_adapters(model)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        seen, losses = Seen(), []
-        seen.on_train_begin(None, None, None, model=model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        assert {id(p) for p in trained} == held and {p.dtype for p in trained} == {torch.float32}
-        batch = parity.shard_batch(BATCH, parallel(model).mesh) if config else BATCH
-        for _ in range(3):
-            loss = model(**batch).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(accelerator.reduce(loss.detach().clone(), "mean").item())
-        if config:
-            with pytest.raises(ValueError, match="fp16"):
-                accelerator.state._shared_state["_mixed_precision"] = "fp16"
-                accelerator.prepare(model)
-    return losses, seen.dtypes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("tiny"))
-    models.build("qwen2").save_pretrained(folder)
-    return folder
-
-
-def close(found: list, expected: list, limit: float) -> bool:
-    return all(abs(a - b) <= limit * abs(b) for a, b in zip(found, expected, strict=True))
-
-
-BF16 = {("parameter", torch.float32), ("output", torch.bfloat16)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_model_init(ranks, folder, tmp_path, dtype):
-    expected, _ = from_init(folder, str(tmp_path), None, True, torch.float32)
-    for (found, dtypes), (given, _) in zip(
-        ranks.run(4, from_init, folder, str(tmp_path), MESHES["2x2"], True, dtype),
-        ranks.run(4, from_init, folder, str(tmp_path), MESHES["2x2"], False, dtype),
-        strict=True,
-    ):
-        assert dtypes == BF16 and found == given  # bitwise the run of a model that the Trainer was given
-        for mine, theirs in zip(found, expected, strict=True):
-            assert close(mine, theirs, 0.02)
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_mixed_precision_of_a_loop(ranks, folder, lora):
-    for dtype in (torch.float32, torch.bfloat16)[lora:]:
-        expected, _ = in_a_loop(folder, None, torch.float32, lora)
-        for found, dtypes in ranks.run(4, in_a_loop, folder, MESHES["2x2"], dtype, lora):
-            assert close(found, expected, 5e-3) and ("output", torch.bfloat16) in dtypes
-            assert lora or dtypes == BF16
-
-
 # ---- 9: the model's own loss -----------------------------------------------------------------------------------------
-
-
-def weighted(logits, labels, vocab_size, scale=2.0, **kwargs):
-    """A loss of the script's own, which reads and reorders the logits."""
-    logits, labels = logits[:, :-1].float(), labels[:, 1:]
-    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    return scale * (each * torch.arange(1, labels.shape[1] + 1)).mean() + logits.logsumexp(-1).square().mean()
 
 
 def own_loss(config: TPSPConfig, what: str) -> list[tuple[float, str]]:

@@ -21,7 +21,7 @@ from hf_tpsp import TPSPConfig
 from hf_tpsp.loss.logits import LazyLogits
 
 trl = pytest.importorskip("trl", minversion="1.16")
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # last: it has a parity.py too
+sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # last: it has a parity.py too
 
 MESH_2x2 = TPSPConfig(tp_size=2, dp_shard_size=2)
 LIMIT = 1e-4

@@ -13,7 +13,7 @@ import torch
 import hf_tpsp
 from hf_tpsp import TPSPConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def gradients(model_type: str, around=None, backwards: int = 1, length: int = 17, **settings) -> list[torch.Tensor]:

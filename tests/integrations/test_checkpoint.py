@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from test_trainer import Rows
+from training import Rows
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_tpsp

@@ -1,23 +1,29 @@
 """The stock Trainer on the mesh against the stock Trainer in one process with the same global batch."""
 
-import functools
 import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import models
 import parity
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-import trl
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load, load_file
+from peft import LoraConfig
+from safetensors.torch import load
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from training import (
+    MESH_1x2,
+    MESH_2x2,
+    Rows,
+    assert_equal_logs,
+    assert_equal_weights,
+    differences,
+    train,
+    train_on_mesh,
+)
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
@@ -28,125 +34,7 @@ from transformers import (
 )
 
 import hf_tpsp
-from hf_tpsp import TPSPCallback, TPSPConfig
-from hf_tpsp.integrations import session
-from hf_tpsp.integrations.registry import check_arguments
-from hf_tpsp.launch import environment
-
-MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2), TPSPConfig(tp_size=2, dp_shard_size=2)
-LOGGED = (
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "eval_loss",
-    "num_input_tokens_seen",
-    "epoch",
-    "total_flos",
-    "train_loss",
-)
-
-
-class Rows(torch.utils.data.Dataset):
-    """Rows of 17 tokens whose number of targets differs from row to row."""
-
-    def __init__(self, rows: int, seed: int):
-        self.ids = torch.randint(3, 132, (rows, 17), generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, row):
-        labels = self.ids[row].clone()
-        labels[: row % 7] = -100
-        return {"input_ids": self.ids[row], "labels": labels, "attention_mask": torch.ones_like(labels)}
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
-def train(
-    model, out: str, dp_size: int, *, resume=None, stop=None, callbacks=(), steps=6, cls=Trainer, given=None, adapter=None,
-    times=1, **options,
-) -> list[dict]:  # fmt: skip
-    """An ordinary script: arguments, model, Trainer, train, save. Returns the logged values.
-
-    `given` are further arguments of the Trainer, `options` of its `TrainingArguments`; it trains `times` times.
-    """
-    per_device = {"per_device_train_batch_size": 4 // dp_size, "per_device_eval_batch_size": 4 // dp_size}
-    saving = {"eval_strategy": "steps", "eval_steps": steps // 2, "save_strategy": "steps", "save_steps": steps // 2}
-    defaults = {
-        "output_dir": out, "max_steps": steps, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "learning_rate": 1e-2,
-        "warmup_steps": 3, "seed": 0, "logging_steps": 1, "include_num_input_tokens_seen": "all", "report_to": [],
-        "disable_tqdm": True, "use_cpu": True, **per_device, **saving,
-    }  # fmt: skip
-    arguments = TrainingArguments(**{**defaults, **options})
-    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) if isinstance(model, str) else model
-    if adapter:
-        torch.manual_seed(5)
-        model = get_peft_model(model, adapter)
-    trainer = cls(
-        model=model, args=arguments, callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
-        **{"train_dataset": Rows(64, 1), "eval_dataset": Rows(24, 3), **(given or {})},
-    )  # fmt: skip
-    before = trainer.evaluate()["eval_loss"]
-    for _ in range(times):
-        trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(f"{out}/final")
-    return [{"before": before}, *trainer.state.log_history]
-
-
-def train_on_mesh(config: TPSPConfig, model: str, out: str, **options) -> list[dict]:
-    with hf_tpsp.enable(config):
-        return train(model, out, config.dp_size, **options)
-
-
-def assert_equal_weights(out: str, expected: str, limit: float = 1e-4) -> None:
-    """What two runs have saved at their end, the model or an adapter."""
-    for name in ("model.safetensors", "adapter_model.safetensors"):
-        if os.path.exists(f"{expected}/final/{name}"):
-            found, weights = (load_file(f"{folder}/final/{name}") for folder in (out, expected))
-            assert found.keys() == weights.keys()
-            errors = {key: parity.relative(found[key], weight) for key, weight in weights.items()}
-            assert parity.largest(errors.values()) <= limit, errors
-
-
-def differences(found: list[dict], expected: list[dict], first: int = 0) -> dict[str, float]:
-    """Largest relative difference of each logged value, from step `first` on. The same values must be logged."""
-    worst = {}
-    for name in ("before", *(name for name in LOGGED if any(name in entry for entry in expected))):
-        pairs = [
-            [entry[name] for entry in log if name in entry and entry.get("step", first) >= first]
-            for log in (found, expected)
-        ]
-        assert len(pairs[0]) == len(pairs[1]) > 0, f"{name} was logged {len(pairs[0])} times, not {len(pairs[1])}"
-        worst[name] = parity.largest(abs(a - b) / (abs(b) or 1) for a, b in zip(*pairs, strict=True))
-    return worst
-
-
-def assert_equal_logs(found, expected, first=0):
-    worst = differences(found, expected, first)
-    limits = {"grad_norm": 1e-4, "loss": 1e-5, "eval_loss": 1e-5, "before": 1e-5, "train_loss": 1e-5}
-    exceeded = {name: value for name, value in worst.items() if not value <= limits.get(name, 0)}
-    assert not exceeded, exceeded
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Folder of a tied Qwen2 whose vocabulary divides over the mesh no better than a real one's."""
-    folder = str(tmp_path_factory.mktemp("tiny"))
-    models.build("qwen2", tied=True, vocab_size=132).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(tiny, tmp_path_factory):
-    """The log of one process."""
-    return train(tiny, str(tmp_path_factory.mktemp("one")), 1)
+from hf_tpsp import TPSPConfig
 
 
 def test_twenty_steps_interrupted_and_resumed(ranks, tiny, tmp_path):
@@ -419,106 +307,3 @@ def test_bf16_has_fp32_masters(ranks, tiny, expected_in_bf16, tmp_path, mixed_pr
         # bf16 keeps 8 bits; the two runs round at different places, and the masters started from rounded weights.
         assert parity.largest(abs(a / b - 1) for a, b in zip(*losses, strict=True)) < 2e-3
     assert [e["loss"] for e in expected if "loss" in e] != losses[0], "bf16 was not switched on"
-
-
-def with_the_callback(model: str, out: str) -> list[dict]:
-    """No enable(): the model is in memory when the Trainer, launched with a preset, is made."""
-    os.environ.update(environment(MESH_2x2))
-    callback = TPSPCallback()
-    try:
-        loaded = models.build("qwen2", tied=True, vocab_size=132, seed=dist.get_rank())
-        with torch.no_grad():
-            if dist.get_rank() == 0:
-                loaded.load_state_dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict())
-        return train(loaded, out, 2, callbacks=[callback], save_strategy="no")
-    finally:
-        session.current().disable()
-
-
-def test_callback_alone(ranks, tiny, expected, tmp_path):
-    assert_equal_logs(ranks.run(4, with_the_callback, tiny, str(tmp_path))[0], expected)
-
-
-# Name → options of the Trainer that are refused at set-up, and what the refusal says.
-REFUSALS = {
-    "auto_find_batch_size": ({"auto_find_batch_size": True}, "set per_device_train_batch_size"),
-    "torch_compile": ({"torch_compile": True}, "HF_TPSP_COMPILE=true"),
-    "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True puts kernels"),
-    "gather_object": ({"eval_use_gather_object": True}, "eval_use_gather_object=True"),
-    "adafactor": ({"optim": "adafactor"}, "optim='adafactor' has not been shown to work on shards; of the Trainer's, adamw_torch,"),
-    "torchao": ({"optim": "adamw_torch_8bit"}, "optim='adamw_torch_8bit' has not"),
-    "batch_rebalance": ({"train_sampling_strategy": "batch_rebalance"}, 'use "group_by_length"'),
-    "dispatch_batches": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
-    "selective": (
-        {"gradient_checkpointing_kwargs": {"selective": True}}, "set HF_TPSP_ACTIVATION_CHECKPOINTING=selective"
-    ),
-    "fsdp": (
-        {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
-        "'TRANSFORMER_BASED_WRAP' wraps a model that is sharded; leave `fsdp` out",
-    ),
-    "two at once": ({"auto_find_batch_size": True, "optim": "adafactor"}, "per_device_train_batch_size; optim='adafactor'"),
-}  # fmt: skip
-TRL_REFUSALS = {
-    "activation_offloading": "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
-    "use_weighting": "leave it out",
-    "precompute_ref_log_probs": "leave it out",
-    "sync_ref_model": "leave it out",
-}
-
-
-def refusals(model: str, out: str) -> dict[str, str]:
-    texts = {}
-
-    def note(name, run):
-        with hf_tpsp.enable(TPSPConfig(tp_size=2)), pytest.raises(ValueError) as error:
-            run()
-        texts[name] = str(error.value)
-
-    config = models.config("qwen2", vocab_size=132)
-    for name, (options, _) in REFUSALS.items():
-        arguments = TrainingArguments(out, use_cpu=True, report_to=[], **options)
-        note(name, functools.partial(Trainer, AutoModelForCausalLM.from_config(config), arguments))
-    for name in TRL_REFUSALS:
-        cls = trl.SFTConfig if name == "activation_offloading" else trl.DPOConfig
-        arguments = cls(out, use_cpu=True, bf16=False, **{name: True})
-        note(name, functools.partial(check_arguments, arguments))
-    for cls in (trl.GRPOConfig, trl.RewardConfig):
-        note(cls.__name__, functools.partial(check_arguments, cls(out, use_cpu=True, bf16=False)))
-
-    with hf_tpsp.enable(TPSPConfig(tp_size=2)):
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        loaded.model.layers[0].adapter = torch.nn.Linear(4, 4)
-    note("adapter", lambda: Trainer(loaded, TrainingArguments(out, use_cpu=True)))
-
-    def on_another_mesh():
-        os.environ["PARALLELISM_CONFIG_TP_SIZE"], os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = "1", "2"
-        train(model, out, 1)
-
-    note("another mesh", on_another_mesh)
-    return texts
-
-
-def test_refusals(ranks, tiny, tmp_path):
-    """Everything that is refused at set-up is refused in one sentence, which says what to do."""
-    texts = ranks.run(2, refusals, tiny, str(tmp_path))[0]
-    for name, (_, words) in REFUSALS.items():
-        assert texts[name].startswith("These TrainingArguments do not work") and words in texts[name], texts[name]
-    for name, words in TRL_REFUSALS.items():
-        assert f"{name}=True" in texts[name] and words in texts[name]
-    for name in ("GRPOConfig", "RewardConfig"):
-        assert f"{name}: of TRL's trainers, those of SFTConfig, DPOConfig are supported" in texts[name]
-    assert "model.layers.0.adapter.weight, model.layers.0.adapter.bias" in texts["adapter"]
-    assert "(1, 2)" in texts["another mesh"] and "(2, 1)" in texts["another mesh"]
-
-
-def one_process(model: str, out: str) -> bool:
-    """enable() in a process that was not launched as one of several changes nothing."""
-    with hf_tpsp.enable():
-        log = train(model, out, 1, steps=2)
-    return any("loss" in entry for entry in log) and not parity.dist.is_initialized()
-
-
-def test_enable_in_one_process(tiny, tmp_path):
-    assert not dist.is_initialized()
-    assert one_process(tiny, str(tmp_path))
-    assert transformers.Trainer.save_model.__module__ == "transformers.trainer"

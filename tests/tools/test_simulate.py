@@ -14,7 +14,7 @@ from hf_tpsp.tools.estimate import simulate
 from hf_tpsp.tools.estimate.depth import depths
 from hf_tpsp.tools.estimate.simulate import Job, simulate_step, simulated_world
 
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # last: it has a parity.py too
+sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # last: it has a parity.py too
 import estimate_truth
 
 
