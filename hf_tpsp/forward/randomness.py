@@ -231,7 +231,7 @@ def digest(device: torch.device) -> Tensor:
 
 def install(model: nn.Module, mesh: DeviceMesh) -> None:
     """Have the ranks of a TP group draw alike what they hold alike: in training, in `generate`, from the first forward on. A script
-    may seed them apart between any two steps: the batch check finds that out (`guard.py`)."""
+    may seed them apart between any two steps: the batch check finds that out (`batch_check.py`)."""
     if mesh.device_type == "cpu" and not isinstance(tensor_random._rng_tracker, Tracker):
         tensor_random._rng_tracker = Tracker()
     forward, agreed = model.forward, False

@@ -160,7 +160,7 @@ class Style:
         """Set what `module` knows of its own sizes to this rank's share."""
 
     def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
-        """Make of a plain `module` what it is on `rank` of `size` ranks, without collectives (`prove.py`)."""
+        """Make of a plain `module` what it is on `rank` of `size` ranks, without collectives (`plan/prove.py`)."""
         for name, param in list(module.named_parameters(recurse=False)):
             local = local_slice(param.detach(), self.placement(module, name, param), rank, size)
             module._parameters[name] = nn.Parameter(self.as_partial(name, local, size))

@@ -90,7 +90,7 @@ def estimate(
     """Simulate a step of training `model` on each legal mesh of `gpus` GPUs, and rank the meshes. Needs no GPU.
 
     Args:
-        model: a checkpoint folder, a config.json, the name of a shipped model ("Llama-3-70B"; `hf_tpsp/models`), or a
+        model: a checkpoint folder, a config.json, the name of a shipped model ("Llama-3-70B"; `hf_tpsp/tools/estimate/models`), or a
             config.
         gpus: ranks in all.
         seq, batch: tokens of a row, rows of a micro-batch of one TP group.

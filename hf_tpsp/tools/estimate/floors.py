@@ -50,7 +50,7 @@ class Traffic:
 
 
 CHECK_BYTES = 6 * 8
-"""What a rank sends of its batch to be compared (`guard.py`)."""
+"""What a rank sends of its batch to be compared (`forward/batch_check.py`)."""
 
 
 def saved_activation_bytes(
