@@ -45,13 +45,18 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from transformers import AutoModelForCausalLM
 
-    from ..plan.planner import plan_for
+    from ..plan.planner import NothingToSplit, plan_for
 
     config = mesh_config(args, sequence_parallel=not args.no_sequence_parallel)
     model_config = read_config(args.path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-    plan = plan_for(model, config)
+    try:
+        plan = plan_for(model, config)
+    except NothingToSplit as error:
+        if not args.why:
+            raise
+        plan = error.plan
     notes = plan.notes
     # A pipe gets the whole width; a terminal its own. Names and shapes have brackets, which are no markup.
     console = Console(width=None if sys.stdout.isatty() else 180, markup=False, highlight=False)

@@ -21,6 +21,7 @@ know of its share (`gather:heads`). If none does, every rank computes the block 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +36,14 @@ from .layouts import layouts, whole_layout, with_sizes
 from .prove import try_layout, try_norm
 from .record import BATCH, TOKENS, Call, SmallCopy
 from .trial import Trial, why_not
+
+
+class NothingToSplit(ValueError):
+    """Raised for a model that tensor parallelism can do nothing for. `plan.tried` is what was tried of it."""
+
+    def __init__(self, message: str, plan: Plan | None = None):  # One argument is what unpickling gives.
+        super().__init__(message)
+        self.plan = plan
 
 
 class _Planner:
@@ -117,10 +126,15 @@ class _Planner:
         check_complete(self.model, self.plan)
         check_used(self.model, self.plan)
         if not self.plan.loss_parallel and not any(self.proofs.values()):
-            raise ValueError(
-                f"hf_tpsp found nothing in {type(self.model).__name__} that tensor parallelism can split: "
-                f"{'; '.join(self.plan.notes)}. Train it with FSDP alone, or add a layout in hf_tpsp/plan/layouts.py, `layouts`."
+            notes = [
+                re.sub(r"( is not split): .*", r"\1", note) for note in self.plan.notes
+            ]  # The reasons are in `tried`.
+            message = (
+                f"hf_tpsp found nothing in {type(self.model).__name__} that tensor parallelism can split: {'; '.join(notes)}. "
+                "Train it with FSDP alone, or add a layout in hf_tpsp/plan/layouts.py, `layouts`; `hf-tpsp plan MODEL --why NAME` "
+                "prints those that were tried."
             )
+            raise NothingToSplit(message, self.plan)
         return self.plan
 
     def split_together(self) -> None:
@@ -323,8 +337,8 @@ def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:
     A small random copy of the model is built from its config and run on the CPU, to prove the layouts.
 
     Raises:
-        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; or
-            it has a module that the copy has not (each is named).
+        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; it has a
+            module that the copy has not (each is named); or nothing of it can be split (`NothingToSplit`).
     """
     config.check_model(model.config)
     return _Planner(model, config).make()
