@@ -135,7 +135,7 @@ def tables_of_trials(model: PreTrainedModel, plan: Plan, name: str, tp_size: int
     tables = []
     for owner, (first, module) in owners.items():
         inside = [n for n, _ in (*module.named_modules(), *module.named_parameters()) if n]
-        layout = {"": plan[first] if first in plan else plan[block]}
+        layout = {"": rule_for(first, plan)}
         layout |= {n: rule for n in inside if (rule := rule_for(f"{first}.{n}", plan)) is not None}
         is_split = layout[""] not in ("whole", "copy")
         table = Table(title=f"{block} ({owner}), tp {tp_size}: {brief(layout)}", title_justify="left", show_lines=True)
