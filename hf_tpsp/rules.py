@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .structure import own_parameters
+
+if TYPE_CHECKING:
+    from .plan.trial import Trial
 
 
 class Plan(dict[str, str]):
@@ -16,6 +20,8 @@ class Plan(dict[str, str]):
         sequence_parallel: whether the stream is sharded over the sequence. loss_parallel: whether the logits are, over the
             vocabulary.
         notes: what is not as asked for, a sentence each.
+        tried: block name, with `*` for layer numbers → the layouts that were tried of it, in order. Blocks of several classes may
+            go by one name.
     """
 
     def __init__(self, sequence_parallel: bool):
@@ -23,6 +29,7 @@ class Plan(dict[str, str]):
         self.sequence_parallel = sequence_parallel
         self.loss_parallel = False
         self.notes: list[str] = []
+        self.tried: dict[str, list[Trial]] = {}
 
 
 def wildcard(name: str) -> str:
@@ -47,5 +54,14 @@ def check_complete(model: nn.Module, plan: dict[str, str]) -> None:
         named = "; ".join(f"{name} (in a {owner})" for name, owner in missing.items())
         raise ValueError(
             f"No rule covers these parameters of {type(model).__name__}: {named}. hf_tpsp does not train a model with "
-            "a parameter whose layout it does not know; train it with FSDP alone."
+            "a parameter whose layout it does not know; train it with FSDP alone, or add a rule in hf_tpsp/plan/planner.py, "
+            "`_Planner.plan_outside`."
         )
+
+
+def check_used(model: nn.Module, plan: dict[str, str]) -> None:
+    """Assert that every rule of the plan is one of a module or a parameter that the model has."""
+    named = (*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
+    names = {name for name, _ in named}
+    unused = plan.keys() - names - set(map(wildcard, names))
+    assert not unused, f"these rules of the plan are of nothing that {type(model).__name__} has: {sorted(unused)}"

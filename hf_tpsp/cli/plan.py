@@ -3,47 +3,146 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
+from typing import TYPE_CHECKING
 
 from .mesh import add_mesh_arguments, mesh_config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..config import TPSPConfig
+    from ..rules import Plan
 
 
 def add(commands) -> None:
     plan = commands.add_parser(
         "plan",
         help="print the plan of a model: module, style, collectives",
-        description="Prints which style each module gets and the collectives on its activations. Reads config.json only.",
+        description="Prints which style each module gets, the collectives on its activations, and what is not as usual. Reads "
+        "config.json only.",
     )
-    plan.add_argument("path", metavar="PATH", help="checkpoint folder, config.json or hub name")
+    plan.add_argument(
+        "path",
+        metavar="MODEL_TYPE|PATH",
+        help="a model type of transformers, checkpoint folder, config.json or hub name",
+    )
     add_mesh_arguments(plan, tp=2)
     plan.add_argument("--no-sequence-parallel", action="store_true", help="the plan of plain tensor parallelism")
+    plan.add_argument(
+        "--why",
+        metavar="NAME",
+        help="print the layouts that were tried of the block NAME (model.layers.0.self_attn, or with * for the layer), how far "
+        "each was off or the error that it ran into, and which was taken",
+    )
     plan.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
-    from rich.table import Table
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from ..plan.planner import plan_for
-    from ..rules import rule_for, wildcard
-    from ..styles.registry import style_for
+    from ..plan.planner import NothingToSplit, plan_for
 
     config = mesh_config(args, sequence_parallel=not args.no_sequence_parallel)
+    model_config = read_config(args.path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.path))
-    plan = plan_for(model, config)
+        model = AutoModelForCausalLM.from_config(model_config)
+    try:
+        plan = plan_for(model, config)
+    except NothingToSplit as error:
+        if not args.why:
+            raise
+        plan = error.plan
+    notes = plan.notes
+    # A pipe gets the whole width; a terminal its own. Names and shapes have brackets, which are no markup.
+    console = Console(width=None if sys.stdout.isatty() else 180, markup=False, highlight=False)
+    if args.why:
+        for table in tables_of_trials(model, plan, args.why, config.tp_size):
+            console.print(table)
+        notes = [note for note in notes if note.startswith(f"{block_of(args.why)} ")]
+    else:
+        console.print(table_of_rules(model, plan, config))
+    for note in notes:
+        console.print(f"- {note}")
+
+
+def read_config(source: str) -> PreTrainedConfig:
+    """The config of a model type of transformers, or of a checkpoint."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from ..tools.verify.verify import COMPLETED
+
+    if source in CONFIG_MAPPING:
+        return CONFIG_MAPPING[source](**COMPLETED.get(source, {}))
+    return AutoConfig.from_pretrained(source)
+
+
+def table_of_rules(model: PreTrainedModel, plan: Plan, config: TPSPConfig) -> Table:
+    """A row for each rule: of modules, and of the single parameters that have one."""
+    from rich.table import Table
+
+    from ..rules import rule_for, wildcard
+    from ..structure import own_parameters
+    from ..styles.registry import style_for
+
     table = Table(title=f"{type(model).__name__}, tp {config.tp_size}", title_justify="left")
-    for column in ("module", "class", "style", "forward", "backward"):
+    for column in ("module or parameter", "class", "style", "forward", "backward"):
         table.add_column(column, overflow="fold")
     seen = set()
-    for name, module in model.named_modules():
-        rule = rule_for(name, plan)
+
+    def add_row(name: str, kind: str, forward: str, backward: str) -> None:
         key = name if name in plan else wildcard(name)
-        if rule is not None and key not in seen:
+        if key not in seen:
             seen.add(key)
+            table.add_row(key, kind, plan[key], forward, backward)
+
+    for name, module in model.named_modules():
+        if (rule := rule_for(name, plan)) is not None:
             style = style_for(rule, config)
-            table.add_row(key, type(module).__name__, rule, style.forward_collective, style.backward_collective)
-    # A pipe gets the whole width; a terminal its own.
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+            add_row(name, type(module).__name__, style.forward_collective, style.backward_collective)
+        for parameter in own_parameters(module):
+            if rule_for(full := f"{name}.{parameter}", plan) is not None:
+                add_row(full, "Parameter", "-", "-")
+    return table
+
+
+def block_of(name: str) -> str:
+    from ..rules import wildcard
+
+    return wildcard(name)
+
+
+def tables_of_trials(model: PreTrainedModel, plan: Plan, name: str, tp_size: int) -> list[Table]:
+    """The layouts that were tried of the block `name`, a table for each class that goes by it.
+
+    Raises:
+        ValueError: `name` is that of no block.
+    """
+    from rich.table import Table
+
+    from ..plan.trial import brief
+    from ..rules import rule_for, wildcard
+
+    block = wildcard(name)
+    owners = {type(m).__name__: (n, m) for n, m in model.named_modules() if name in (n, wildcard(n))}
+    if block not in plan.tried or not owners:
+        nearest = difflib.get_close_matches(block, plan.tried, 3, cutoff=0.0)
+        raise ValueError(f"{name} names no block that a layout was tried of; the nearest are {', '.join(nearest)}.")
+    tables = []
+    for owner, (first, module) in owners.items():
+        inside = [n for n, _ in (*module.named_modules(), *module.named_parameters()) if n]
+        layout = {"": rule_for(first, plan)}
+        layout |= {n: rule for n in inside if (rule := rule_for(f"{first}.{n}", plan)) is not None}
+        is_split = layout[""] not in ("whole", "copy")
+        table = Table(title=f"{block} ({owner}), tp {tp_size}: {brief(layout)}", title_justify="left", show_lines=True)
+        for column in ("", "layout that was tried", "what the ranks computed", "where"):
+            table.add_column(column, overflow="fold")
+        for number, trial in enumerate((t for t in plan.tried[block] if t.owner == owner), 1):
+            taken = ("taken, " if is_split else "not taken, though only ") if trial.adds_up else ""
+            table.add_row(str(number), brief(trial.layout), f"{taken}{trial.outcome}", trial.place)
+        tables.append(table)
+    return tables

@@ -27,15 +27,15 @@ LENGTH = object()  # a size of a tensor, which no config knows
 DEPTH = 3  # of functions that call each other
 
 
-def uncovered(real: nn.Module, twin: nn.Module) -> list[str]:
-    """The comparisons of sizes in the code of `real`, and of the modules in it, of which the small copy `twin` may have taken
+def uncovered(real: nn.Module, small: nn.Module) -> list[str]:
+    """The comparisons of sizes in the code of `real`, and of the modules in it, of which the small copy `small` may have taken
     another branch, each as `source (function)`: of a tensor's size with a number or with a size that is another in the copy;
     of two other sizes, if the comparison comes out otherwise there."""
     found: dict[str, None] = {}
     seen = set()
-    small = dict(twin.named_modules())
+    copies = dict(small.named_modules())
     for name, module in real.named_modules():
-        other = small.get(name)
+        other = copies.get(name)
         if type(module) in seen or other is None or type(module).__module__.startswith("torch."):
             continue
         seen.add(type(module))
@@ -80,7 +80,7 @@ def _parsed(function) -> ast.AST | None:
         return None
 
 
-def _comparisons(function, real: nn.Module, twin: nn.Module) -> Iterator[str]:
+def _comparisons(function, real: nn.Module, small: nn.Module) -> Iterator[str]:
     tree = _parsed(function)
     if tree is None:
         return
@@ -100,17 +100,17 @@ def _comparisons(function, real: nn.Module, twin: nn.Module) -> Iterator[str]:
             skipped.update(map(id, ast.walk(node.test)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and id(node) not in skipped and len(node.ops) == 1:
-            sides = [_value(side, names, real, twin) for side in (node.left, node.comparators[0])]
+            sides = [_value(side, names, real, small) for side in (node.left, node.comparators[0])]
             if type(node.ops[0]) in OPERATORS and None not in sides and _differs(OPERATORS[type(node.ops[0])], *sides):
                 yield ast.unparse(node)
 
 
-def _value(node: ast.AST, names: dict[str, ast.AST], real: nn.Module, twin: nn.Module, depth: int = 0) -> Any:
+def _value(node: ast.AST, names: dict[str, ast.AST], real: nn.Module, small: nn.Module, depth: int = 0) -> Any:
     """`(in the model, in the copy)` of a number; LENGTH; or None for what is no size."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value, node.value
     if isinstance(node, ast.Name) and node.id in names and depth < 4:
-        return _value(names[node.id], names, real, twin, depth + 1)
+        return _value(names[node.id], names, real, small, depth + 1)
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
         return LENGTH
     if isinstance(node, ast.Attribute) and node.attr == "shape":  # `batch, length, _ = x.shape`
@@ -123,7 +123,7 @@ def _value(node: ast.AST, names: dict[str, ast.AST], real: nn.Module, twin: nn.M
         at = at.value
     if path and isinstance(at, ast.Name) and at.id == "self":
         values = [
-            functools.reduce(lambda x, name: getattr(x, name, None), reversed(path), owner) for owner in (real, twin)
+            functools.reduce(lambda x, name: getattr(x, name, None), reversed(path), owner) for owner in (real, small)
         ]
         if all(type(value) in (int, float) for value in values):
             return tuple(values)

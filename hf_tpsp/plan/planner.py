@@ -21,6 +21,7 @@ know of its share (`gather:heads`). If none does, every rank computes the block 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 
 import torch
@@ -28,16 +29,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import TPSPConfig
-from ..rules import Plan, check_complete, wildcard
+from ..rules import Plan, check_complete, check_used, wildcard
 from ..structure import has_parameters, is_norm, is_plain_embedding, layer_lists, own_parameters
 from .branches import uncovered
 from .layouts import layouts, whole_layout, with_sizes
-from .prove import Twin
-from .record import RANKS, TOKENS, Call
+from .prove import try_layout, try_norm
+from .record import BATCH, TOKENS, Call, SmallCopy
+from .trial import Trial, why_not
+
+
+class NothingToSplit(ValueError):
+    """Raised for a model that tensor parallelism can do nothing for. `plan.tried` is what was tried of it."""
+
+    def __init__(self, message: str, plan: Plan | None = None):  # One argument is what unpickling gives.
+        super().__init__(message)
+        self.plan = plan
 
 
 class _Planner:
-    """The plan of one model, in the making. Names are those of its modules; `twin` is its small copy."""
+    """The plan of one model, in the making. Names are those of its modules.
+
+    Attributes:
+        small: its small copy. counterparts: `kind` → the name of the module of that kind in it.
+        plain: whether the model needs the whole sequence between its embedding and its first layer.
+        proofs: `kind` of a block → its layout without sizes, or None if it is not split.
+        local_norms: `kind` of a norm → whether it can run on a part of the sequence.
+    """
 
     def __init__(self, model: PreTrainedModel, config: TPSPConfig):
         self.model, self.config = model, config
@@ -45,14 +62,18 @@ class _Planner:
         self.modules = dict(model.named_modules())
         self.lists = layer_lists(model)
         for every_layer in (False, True):  # a pattern of layers may go by fields that `shrink.py` does not know
-            self.twin = Twin(model, self.lists, every_layer)
-            self.twins = {self.kind(name, module): name for name, module in reversed(self.twin.modules.items())}
-            if {self.kind(name, self.modules[name]) for name in self.layers()} <= self.twins.keys():
+            self.small = SmallCopy(model, self.lists, every_layer)
+            modules = reversed(self.small.modules.items())
+            self.counterparts = {self.kind(name, module): name for name, module in modules}
+            if {self.kind(name, self.modules[name]) for name in self.layers()} <= self.counterparts.keys():
                 break
         self.proofs: dict[tuple, dict[str, str] | None] = {}
         self.local_norms: dict[tuple, bool] = {}
         self.plan = Plan(config.sequence_parallel)
-        self.hidden = self.twin.model.config.get_text_config(decoder=True).hidden_size
+        self.hidden = self.small.model.config.get_text_config(decoder=True).hidden_size
+        self.plain = self.computes_before_layers()
+        if self.plain:
+            self.small.record(from_embedding=False)
 
     def layers(self) -> list[str]:
         return [f"{stem}.{index}" for stem, layers in self.lists.items() for index in range(len(layers))]
@@ -63,10 +84,11 @@ class _Planner:
         inside = frozenset(wildcard(f".{n}") for n, _ in module.named_parameters())
         return wildcard(name), type(module).__name__, inside
 
-    def twin_of(self, name: str) -> str:
+    def counterpart(self, name: str) -> str:
+        """The name of the module in the copy that is what `name` is in the model."""
         kind = self.kind(name, self.modules[name])
-        if kind not in self.twins:
-            same = [k for k in self.twins if k[0] == kind[0]]
+        if kind not in self.counterparts:
+            same = [k for k in self.counterparts if k[0] == kind[0]]
             other = sorted(set(kind[2]) - set().union(*(k[2] for k in same)))
             what = f"has parameters ({', '.join(f'{name}{n}' for n in other)})" if same and other else "is"
             raise ValueError(
@@ -74,23 +96,20 @@ class _Planner:
                 "split it. Make what changes the model part of its class (a folder with its own code works), or train it "
                 "with FSDP alone."
             )
-        return self.twins[kind]
+        return self.counterparts[kind]
 
     def computes_before_layers(self) -> bool:
         """Whether the model needs the whole sequence between the embedding and the first layer."""
-        calls = {name: self.twin.calls.get(name) for name in self.above()}
-        order = list(self.twin.calls)
-        first = min((i for i, n in enumerate(order) if n.startswith(self.twin.stems)), default=0)
+        calls = {name: self.small.calls.get(name) for name in self.above()}
+        order = list(self.small.calls)
+        first = min((i for i, n in enumerate(order) if n.startswith(self.small.stems)), default=0)
         before = [n for parent in self.above() for n in self.children(parent) if n in order[:first]]
-        return any(c is not None and c.beyond_pointwise(before_layers=True) for c in calls.values()) or any(
+        return any(c is not None and c.mixes_sequence(before_layers=True) for c in calls.values()) or any(
             self.modules[n] is not self.model.get_input_embeddings() for n in before
         )
 
     def make(self) -> Plan:
-        self.plain = self.computes_before_layers()
-        if self.plain:
-            self.twin.calls = self.twin.record(from_embedding=False)
-        if (reader := self.twin.reads_embedding) is not None:
+        if (reader := self.small.reads_embedding) is not None:
             raise ValueError(
                 f"{type(self.model).__name__} takes rows of its embedding's weight by itself (in {reader or 'its forward'}), "
                 "which a vocabulary-sharded embedding does not have on every rank. Train its text model alone, or with FSDP."
@@ -105,11 +124,17 @@ class _Planner:
                 self.plan_child(child)
         self.plan_outside()
         check_complete(self.model, self.plan)
+        check_used(self.model, self.plan)
         if not self.plan.loss_parallel and not any(self.proofs.values()):
-            raise ValueError(
-                f"hf_tpsp found nothing in {type(self.model).__name__} that tensor parallelism can split: "
-                f"{'; '.join(self.plan.notes)}. Train it with FSDP alone."
+            notes = [
+                re.sub(r"( is not split): .*", r"\1", note) for note in self.plan.notes
+            ]  # The reasons are in `tried`.
+            message = (
+                f"hf_tpsp found nothing in {type(self.model).__name__} that tensor parallelism can split: {'; '.join(notes)}. "
+                "Train it with FSDP alone, or add a layout in hf_tpsp/plan/layouts.py, `layouts`; `hf-tpsp plan MODEL --why NAME` "
+                "prints those that were tried."
             )
+            raise NothingToSplit(message, self.plan)
         return self.plan
 
     def split_together(self) -> None:
@@ -121,7 +146,9 @@ class _Planner:
         for key in self.proofs:
             if key[:2] in whole:
                 self.proofs[key] = None
-        self.plan.notes += [f"{name} ({cls}) is not split" for name, cls in sorted(whole)]
+        for name, cls in sorted(whole):
+            trials = [trial for trial in self.plan.tried[name] if trial.owner == cls]
+            self.note(f"{name} ({cls}) is not split: {why_not(trials)}")
 
     def plan_layer(self, name: str, layer: nn.Module) -> None:
         call = self.call(name)
@@ -143,7 +170,7 @@ class _Planner:
                 yield full
 
     def call(self, name: str) -> Call | None:
-        return self.twin.calls.get(self.twin_of(name))
+        return self.small.calls.get(self.counterpart(name))
 
     def stream_reason(self) -> str | None:
         """Why the stream cannot be sharded over the sequence, or None."""
@@ -152,12 +179,12 @@ class _Planner:
             self.modules.get(name) is head for above in self.above() for name in self.children(above)
         ):
             return "its head is part of a larger module"
-        stream = torch.Size((2, TOKENS, self.hidden))
+        stream = torch.Size((BATCH, TOKENS, self.hidden))
         for name in self.above():
             if self.plain and own_parameters(self.modules[name]):
                 return f"{name or 'the model'} has parameters of its own, and computes before its layers"
-            call = self.twin.calls.get(name)
-            if call is not None and (found := call.beyond_pointwise()):
+            call = self.small.calls.get(name)
+            if call is not None and (found := call.mixes_sequence()):
                 return f"{name or 'the model'} does more than add and scale between its layers ({found})"
         for name in self.layers():
             layer = self.call(name)
@@ -165,7 +192,7 @@ class _Planner:
                 continue
             if layer.streams[0].shape != stream:
                 return f"{wildcard(name)} is given a stream {list(layer.streams[0].shape)}, not [batch, seq, hidden]"
-            if found := layer.beyond_pointwise():
+            if found := layer.mixes_sequence():
                 return f"{wildcard(name)} does more than add and scale beside its blocks ({found})"
             for child in self.children(name):
                 call = self.call(child)
@@ -197,8 +224,8 @@ class _Planner:
             if rules is not None:
                 self.note_branches(name)
             else:
-                note = f"{wildcard(name)} ({type(block).__name__}) is not split: its heads do not divide over {self.config.tp_size} ranks"
-                self.plan.notes += [note] if note not in self.plan.notes else []
+                heads = f"its heads do not divide over {self.config.tp_size} ranks"
+                self.note(f"{wildcard(name)} ({type(block).__name__}) is not split: {heads}")
         rules = rules or whole_layout(block, native, call)
         if call is None:  # its parameters are read by whoever uses it
             rules[""] = "copy"
@@ -209,21 +236,25 @@ class _Planner:
         """The first of the block's layouts whose ranks add up to it on the small copy, or None."""
         key = self.kind(name, self.modules[name])
         if key not in self.proofs:
-            twin = self.twin_of(name)
-            block = self.twin.modules[twin]
-            tries = layouts(block, native, self.calls_in(twin), self.hidden)
-            sized = ((rules, with_sizes(rules, block, TPSPConfig(tp_size=RANKS))) for rules in tries)
-            self.proofs[key] = next((rules for rules, sizes in sized if sizes and self.twin.adds_up(twin, sizes)), None)
+            self.plan.tried.setdefault(wildcard(name), [])  # There may be no layout to try.
+            small = self.counterpart(name)
+            tries = layouts(self.small.modules[small], native, self.calls_in(small), self.hidden)
+            trials = (self.tried(name, try_layout(self.small, small, layout)) for layout in tries)
+            self.proofs[key] = next((trial.layout for trial in trials if trial.adds_up), None)
         return self.proofs[key]
+
+    def tried(self, name: str, trial: Trial) -> Trial:
+        self.plan.tried.setdefault(wildcard(name), []).append(trial)
+        return trial
 
     def is_local(self, name: str) -> bool:
         """Whether the norm `name` can run on a part of the sequence, as it must if the stream is sharded; proven on the copy."""
-        twin = self.twin_of(name)
-        if not self.plan.sequence_parallel or self.twin.calls.get(twin) is None:
+        small = self.counterpart(name)
+        if not self.plan.sequence_parallel or self.small.calls.get(small) is None:
             return True
         key = self.kind(name, self.modules[name])
         if key not in self.local_norms:
-            self.local_norms[key] = self.twin.is_local(twin)
+            self.local_norms[key] = self.tried(name, try_norm(self.small, small)).adds_up
             if not self.local_norms[key]:
                 self.note(
                     f"{wildcard(name)} ({type(self.modules[name]).__name__}) is no norm of single positions, or writes into its "
@@ -237,17 +268,14 @@ class _Planner:
 
     def note_branches(self, name: str) -> None:
         """Name the branches of the module `name` on sizes that the copy has not."""
-        for branch in uncovered(self.modules[name], self.twin.modules[self.twin_of(name)]):
+        for branch in uncovered(self.modules[name], self.small.modules[self.counterpart(name)]):
             self.note(f"the proof of {wildcard(name)} on a small copy does not cover {branch}")
 
-    def calls_in(self, twin: str) -> dict[str, Call]:
-        """How the modules in the block `twin` were called, by name inside it."""
-        prefix = f"{twin}."
-        return {
-            n.removeprefix(prefix) if n != twin else "": c
-            for n, c in self.twin.calls.items()
-            if n == twin or n.startswith(prefix)
-        }
+    def calls_in(self, small: str) -> dict[str, Call]:
+        """How the modules in the block `small` of the copy were called, by name inside it."""
+        calls = self.small.calls
+        inside = {name.removeprefix(f"{small}."): call for name, call in calls.items() if name.startswith(f"{small}.")}
+        return {"": calls[small], **inside}
 
     def inside(self, name: str) -> dict[str, str]:
         """transformers' rules for what is in the block `name`, by name inside it."""
@@ -273,7 +301,7 @@ class _Planner:
                         self.plan[f"{name}.{part}" if part else name] = rule
             if own_parameters(self.modules[parent]):
                 self.plan[parent] = "stream"
-        if not self.twin.calls_loss_function:
+        if not self.small.calls_loss_function:
             self.plan.notes.append("no loss parallel: the model computes its cross entropy itself")
         elif head is not None and names[id(head)].startswith(tuple(others)):
             self.plan.notes.append(f"no loss parallel: the head {names[id(head)]} is part of a larger module")
@@ -296,7 +324,7 @@ class _Planner:
 
     def is_last(self, name: str, parent: str) -> bool:
         """Whether the module comes after the layers that are in `parent`."""
-        order = list(self.twin.calls)  # by the end of each call
+        order = list(self.small.calls)  # by the end of each call
         stems = tuple(f"{stem}." for stem in self.lists if f"{stem}.".startswith(f"{parent}." if parent else ""))
         return name in order and order.index(name) > max(
             (i for i, n in enumerate(order) if n.startswith(stems)), default=len(order)
@@ -309,8 +337,8 @@ def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:
     A small random copy of the model is built from its config and run on the CPU, to prove the layouts.
 
     Raises:
-        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; or
-            it has a module that the copy has not (each is named).
+        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; it has a
+            module that the copy has not (each is named); or nothing of it can be split (`NothingToSplit`).
     """
     config.check_model(model.config)
     return _Planner(model, config).make()

@@ -1,195 +1,139 @@
-"""The proof that a block can be split: its ranks are rehearsed one after the other, in one process, on a small copy.
+"""The proof that a block can be split: its ranks are simulated one after the other, in one process, on a small copy.
 
 A block is split if its output is a sum of one term for each rank. Then every gradient is right too: the ranks' gradients of
 what they share are terms of a sum (`styles.Replica`), by the chain rule, whatever the block computes. So the forward is
-all there is to prove. `Twin` builds a small random copy of the model (`shrink.py`), records how each block is called, and
-runs the block as rank 0 and as rank 1 would, with the plan's layouts: the two outputs must add up to the whole one. A norm runs
-on a part of the sequence: that must give that part of the whole. Both in evaluation and in training mode, without dropout.
+all there is to prove. `try_layout` runs the block of a small copy (`record.py`) as rank 0 and as rank 1 would, with the plan's
+layouts: the two outputs must add up to the whole one. `try_norm` runs a norm on the parts of the sequence: each must give that part
+of the whole. Both in evaluation and in training mode, without dropout.
+
+A layout that does not fit ends in whatever error its shapes run into, somewhere in the model's own code. That is an outcome, and
+the trial's `error` says where. A mistake in hf_tpsp's own code is none, and is raised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch.overrides import TorchFunctionMode
 
 from ..collectives import chunk_of
 from ..config import TPSPConfig
 from ..structure import first_tensor
+from ..styles.base import Style
 from ..styles.registry import style_for
-from .record import RANKS, TOKENS, Call, OwnOperations, aside, detached, parameter_names
-from .shrink import shrunk_like
+from .layouts import with_sizes
+from .record import Call, SmallCopy, aside
+from .trial import LIMIT, Trial
 
-LIMIT = 1e-4  # relative, in fp32: a wrong layout is off by as much as the output itself
+RANKS = 2
 
 
-class Twin:
-    """A small copy of `model`, whose layers are in the lists `stems`, and how its modules were called.
+MODES = {"evaluation": False, "training": True}  # → what `Module.train` is given
 
-    Attributes:
-        model, modules: the copy. calls: module name → its first call.
-        reads_embedding: the module, if any, that takes rows of the embedding's weight by itself.
-        calls_loss_function: whether the model leaves its loss to `loss_function`, as most do.
-    """
 
-    def __init__(self, model: PreTrainedModel, stems: Iterable[str], every_layer: bool = False):
-        self.stems = tuple(f"{stem}." for stem in stems)
-        with aside():
-            self.model = shrunk_like(model, every_layer).eval()
-        self.modules = dict(self.model.named_modules())
-        for module in self.modules.values():  # the proof is run in training mode too
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
+# What a mistake in Python code is raised as. All else may come of shapes that do not fit.
+MISTAKES = (AttributeError, TypeError, NameError, AssertionError)
+TORCH, HF_TPSP = f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}"
+
+
+def try_layout(small: SmallCopy, name: str, layout: dict[str, str]) -> Trial:
+    """Whether the ranks' outputs of the block `name` under `layout` (without sizes) add up to the whole one's."""
+    call, whole = small.calls[name], small.modules[name]
+    rules = with_sizes(layout, whole, TPSPConfig(tp_size=RANKS))
+    if rules is None:
+        return Trial(type(whole).__name__, layout, error=f"its heads do not divide over {RANKS} ranks")
+
+    def total(training: bool) -> Tensor:
+        return sum(_term(whole, rules, call, rank, training) for rank in range(RANKS))
+
+    return _trial(whole, layout, call, total)
+
+
+def try_norm(small: SmallCopy, name: str) -> Trial:
+    """Whether the module `name` makes of each part of the sequence alone that part of what it makes of the whole, and leaves
+    what it is given as it is: as a norm does."""
+    call, whole = small.calls[name], small.modules[name]
+
+    def joined(training: bool) -> Tensor:
+        parts = []
+        for rank in range(RANKS):
+            args, kwargs = copy.deepcopy((call.args, call.kwargs))
+            if args:
+                args = (given := chunk_of(args[0], 1, rank, RANKS).clone(), *args[1:])
+            else:
+                first = next(iter(kwargs))
+                kwargs[first] = given = chunk_of(kwargs[first], 1, rank, RANKS).clone()
+            before = given.clone()
+            parts.append(_run(copy.deepcopy(whole), args, kwargs, training))
+            if not torch.equal(before, given):
+                raise ValueError("it writes into its input")
+        return torch.cat(parts, dim=1)
+
+    return _trial(whole, {"": "norm"}, call, joined)
+
+
+def _trial(whole: nn.Module, layout: dict[str, str], call: Call, compute: Callable[[bool], Tensor]) -> Trial:
+    """How far `compute(training)` is from what the module `whole` computes, in evaluation and in training."""
+    trial = Trial(type(whole).__name__, layout)
+    for mode, training in MODES.items():
+        failure = FailingOperation()
         try:
-            self.calls = self.record()
-        except Exception as error:
-            raise ValueError(
-                f"hf_tpsp cannot run a small copy of {type(model).__name__} on the CPU, so it cannot prove a plan for it: {error}"
-            ) from error
-
-    def record(self, from_embedding: bool = True) -> dict[str, Call]:
-        """Run the copy once. `from_embedding`: the stream starts there, or else at the first layer."""
-        calls: dict[str, Call] = {}
-        open_calls: list[tuple[str, tuple, dict]] = []
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        glue = OwnOperations(open_calls, embedding)
-        for stem in self.stems:  # parameters of the layers, or of what they are in, are laid out for the stream
-            parts = stem.split(".")
-            for owner in (
-                *(".".join(parts[:i]) for i in range(len(parts) - 1)),
-                *(f"{stem}{i}" for i in range(len(self.modules[stem[:-1]]))),
-            ):
-                glue.stream.update({id(p): p for p in self.modules[owner].parameters(recurse=False)})
-        hooks = []
-
-        def before(name):
-            def hook(module, args, kwargs):
-                open_calls.append((name, *detached((args, kwargs))))
-                if f"{name.rpartition('.')[0]}." in self.stems:
-                    glue.layers_began = True
-                    glue.follow(first_tensor([*args, *kwargs.values()]))
-                elif module is head:
-                    glue.is_on = False
-
-            return hook
-
-        def after(name):
-            def hook(module, args, kwargs, output):
-                glue.follow([*args, *kwargs.values()], output)
-                if module is embedding and from_embedding:
-                    glue.follow(output)
-                _, args, kwargs = open_calls.pop()
-                found = first_tensor(output)
-                if found is None:
-                    return
-                if name not in calls:
-                    calls[name] = Call(args, kwargs, found.detach().clone(), parameter_names(module))
-                if isinstance(module, (nn.Linear, Conv1D)) and args:
-                    for outer, given, named in open_calls:
-                        streams = Call(given, named, found).streams
-                        is_entry = (
-                            bool(streams) and streams[0].shape == args[0].shape and torch.equal(streams[0], args[0])
-                        )
-                        if outer not in calls and name.startswith(outer):
-                            linears.setdefault(outer, {})[name.removeprefix(outer).lstrip(".")] = is_entry
-
-            return hook
-
-        linears: dict[str, dict[str, bool]] = {}
-        for name, module in self.modules.items():
-            hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
-        vocabulary = min(embedding.num_embeddings, self.model.config.get_text_config(decoder=True).vocab_size)
-        ids = torch.randint(3, vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-
-        def loss_function(*args, **kwargs):
-            self.calls_loss_function = True
-            return ids.new_zeros((), dtype=torch.float32)
-
-        self.model.loss_function = loss_function
-        self.calls_loss_function = False
-        with torch.no_grad(), aside(), glue:
-            self.model(input_ids=ids, labels=ids, use_cache=False)
-        self.reads_embedding = glue.reader
-        for name, operation in glue.found:
-            if name in calls:
-                calls[name].glue.append(operation)
-        for hook in hooks:
-            hook.remove()
-        for name, found in linears.items():
-            if name in calls:
-                calls[name].linears = found
-        return calls
-
-    def adds_up(self, name: str, rules: dict[str, str]) -> bool:
-        """Whether the ranks' outputs of block `name` under `rules` (by name inside the block; "" is the block) add up to the
-        whole one's, in evaluation and in training."""
-        call, whole = self.calls[name], self.modules[name]
-
-        def total(training: bool) -> Tensor:
-            return sum(self._term(whole, rules, call, rank, training) for rank in range(RANKS))
-
-        return self._gives_the_whole(name, total)
-
-    def is_local(self, name: str) -> bool:
-        """Whether the module `name` makes of each part of the sequence alone that part of what it makes of the whole, and leaves
-        what it is given as it is: as a norm does."""
-        call, whole = self.calls[name], self.modules[name]
-
-        def joined(training: bool) -> Tensor:
-            parts = []
-            for rank in range(RANKS):
-                args, kwargs = copy.deepcopy((call.args, call.kwargs))
-                if args:
-                    args = (given := chunk_of(args[0], 1, rank, RANKS).clone(), *args[1:])
-                else:
-                    first = next(iter(kwargs))
-                    kwargs[first] = given = chunk_of(kwargs[first], 1, rank, RANKS).clone()
-                before = given.clone()
-                parts.append(_run(copy.deepcopy(whole), args, kwargs, training))
-                if not torch.equal(before, given):
-                    raise ValueError("it writes into its input")
-            return torch.cat(parts, dim=1)
-
-        return self._gives_the_whole(name, joined)
-
-    def _gives_the_whole(self, name: str, compute: Callable[[bool], Tensor]) -> bool:
-        """Whether `compute(training)` gives the output of the module `name`, in evaluation and in training (without dropout)."""
-        call, whole = self.calls[name], self.modules[name]
-        for training in (False, True):
-            try:
-                with torch.no_grad(), aside():
+            with torch.no_grad(), aside():
+                with failure:
                     output = compute(training)
-                    expected = call.output
-                    if training:
-                        args, kwargs = copy.deepcopy((call.args, call.kwargs))
-                        expected = _run(copy.deepcopy(whole), args, kwargs, training)
-            except Exception:  # a layout that does not fit ends in whatever error its shapes run into
-                return False
-            if output.shape != expected.shape or not (output - expected).norm() <= LIMIT * expected.norm():
-                return False
-        return True
+                expected = call.output
+                if training:
+                    args, kwargs = copy.deepcopy((call.args, call.kwargs))
+                    expected = _run(copy.deepcopy(whole), args, kwargs, training)
+        except Exception as error:
+            if is_own_mistake(error):
+                raise
+            return Trial(trial.owner, layout, error=reason(error, failure), place=place(error))
+        if output.shape != expected.shape:
+            return Trial(trial.owner, layout, error=f"an output {list(output.shape)}, not {list(expected.shape)}")
+        difference = (output - expected).norm()
+        trial.off_by[mode] = (difference / expected.norm()).item() if difference != 0 else 0.0
+        if not trial.off_by[mode] <= LIMIT:
+            break
+    return trial
 
-    def _term(self, whole: nn.Module, rules: dict[str, str], call: Call, rank: int, training: bool) -> Tensor:
-        block = copy.deepcopy(whole)
-        config = TPSPConfig(tp_size=RANKS)
-        of_parameters: dict[str, dict[str, str]] = {}
-        for part in [part for part in rules if is_parameter(block, part)]:
-            owner, _, parameter = part.rpartition(".")
-            of_parameters.setdefault(owner, {})[parameter] = rules[part]
-        modules = {part: rule for part, rule in rules.items() if not is_parameter(block, part)}
-        styles = {part: style_for(rule, config, of_parameters.get(part)) for part, rule in modules.items()}
-        for part, style in styles.items():
-            style.simulate_rank(block.get_submodule(part), rank, RANKS)
-        args, kwargs = copy.deepcopy((call.args, call.kwargs))
-        args, kwargs, _ = styles[""].map_streams(args, kwargs, lambda x: x, RANKS, marked=False)
-        return _run(block, args, kwargs, training)
+
+def _term(whole: nn.Module, rules: dict[str, str], call: Call, rank: int, training: bool) -> Tensor:
+    """What `rank` computes of the block."""
+    block = copy.deepcopy(whole)
+    styles = simulate_rank(block, rules, rank)
+    args, kwargs = copy.deepcopy((call.args, call.kwargs))
+    args, kwargs, _ = styles[""].map_streams(args, kwargs, lambda x: x, RANKS, marked=False)
+    return _run(block, args, kwargs, training)
+
+
+def simulate_rank(block: nn.Module, rules: dict[str, str], rank: int) -> dict[str, Style]:
+    """Make of `block` what it is on `rank` under `rules`. Returns the styles by name inside the block."""
+    config = TPSPConfig(tp_size=RANKS)
+    of_parameters: dict[str, dict[str, str]] = {}
+    for part in [part for part in rules if is_parameter(block, part)]:
+        owner, _, parameter = part.rpartition(".")
+        of_parameters.setdefault(owner, {})[parameter] = rules[part]
+    modules = {part: rule for part, rule in rules.items() if not is_parameter(block, part)}
+    styles = {part: style_for(rule, config, of_parameters.get(part)) for part, rule in modules.items()}
+    for part, style in styles.items():
+        style.simulate_rank(block.get_submodule(part), rank, RANKS)
+    return styles
+
+
+def is_parameter(module: nn.Module, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    with contextlib.suppress(AttributeError):
+        return last in module.get_submodule(owner)._parameters
+    return False
 
 
 def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any], training: bool) -> Tensor:
@@ -198,8 +142,48 @@ def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any], training: bool)
     return first_tensor(module.train(training)(*args, **kwargs))
 
 
-def is_parameter(module: nn.Module, name: str) -> bool:
-    owner, _, last = name.rpartition(".")
-    with contextlib.suppress(AttributeError):
-        return last in module.get_submodule(owner)._parameters
-    return False
+class FailingOperation(TorchFunctionMode):
+    """Remembers the torch operation that raised `error`, with the shapes of its tensors."""
+
+    def __init__(self):
+        self.error: Exception | None = None
+        self.operation = ""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception as error:
+            listed = [y for x in args for y in (x if isinstance(x, (list, tuple)) else [x])]
+            shapes = " and ".join(str(list(x.shape)) for x in listed if isinstance(x, Tensor))
+            self.error, self.operation = error, f"{func.__name__} of {shapes}"
+            raise
+
+
+def reason(error: Exception, failure: FailingOperation) -> str:
+    """`RuntimeError in its o_proj (Linear), linear of [2, 11, 64] and [64, 32]: …`: the innermost module inside the block, and the
+    operation, if it was one of torch's, that `error` was raised in."""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    where = ""
+    if modules:
+        names = {id(module): name for name, module in modules[0].named_modules()}
+        inner = next(module for module in reversed(modules) if id(module) in names)
+        where = f" in its {names[id(inner)]} ({type(inner).__name__})" if names[id(inner)] else " in its own forward"
+    operation = f", {failure.operation}" if failure.error is error else ""
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}{where}{operation}: {message}"
+
+
+def place(error: Exception) -> str:
+    """File and line of the innermost frame that is neither torch's nor hf_tpsp's, or nothing if there is none."""
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    lines = [f"{Path(file).name}:{line}" for file, line in lines if not file.startswith((TORCH, HF_TPSP))]
+    return lines[-1] if lines else ""
+
+
+def is_own_mistake(error: Exception) -> bool:
+    """Whether `error` is one that hf_tpsp's own code has made, and not the model's: by its type, and by the innermost frame
+    that is not torch's."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = next((file for file in reversed(files) if not file.startswith(TORCH)), "")
+    return isinstance(error, MISTAKES) and raised_in.startswith(HF_TPSP)

@@ -3,71 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..structure import first_tensor
+from .shrink import shrunk_like
 
-RANKS = 2
+# The batch that the copy is run on. TOKENS is no size that a copy has, so a tensor `[BATCH, TOKENS, …]` is one along the sequence.
+BATCH, TOKENS = 2, 11
 
 
-TOKENS = 11
+LOCAL_OPERATIONS = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float",
+                    "contiguous", "expand_as", "same", "relu", "gelu", "silu", "tanh", "sigmoid"}  # fmt: skip
+"""Names of the operations that do to a part of the sequence what they do to the whole. `same` is a view of the same shape."""
 
 
-@dataclass
-class Call:
-    """How a module was called in the copy's forward."""
+SPELLINGS = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div",
+             "truediv": "div"}  # fmt: skip
 
-    args: tuple
-    kwargs: dict[str, Any]
-    output: Tensor
-    names: list[str] = field(default_factory=list)  # of its forward's parameters
-    linears: dict[str, bool] = field(default_factory=dict)
-    """The linear layers that it called, in order, and whether their input was what the module itself was given."""
 
-    @property
-    def streams(self) -> list[Tensor]:
-        """The arguments that have the first floating tensor's shape."""
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-        return [x for x in tensors if x.shape == tensors[0].shape]
-
-    glue: list[Operation] = field(default_factory=list)
-    """What its own forward, and not a module that it calls, ran on tensors along the sequence."""
-
-    @property
-    def is_sequence(self) -> bool:
-        """Whether it was given `[batch, seq, …]`, and returned that, or `[batch * seq, …]`."""
-        shapes = (2, TOKENS), (2 * TOKENS,)
-        given, returned = (self.streams or [self.output])[0].shape, self.output.shape
-        return given[:2] == shapes[0] and (returned[:2] == shapes[0] or returned[:1] == shapes[1])
-
-    def beyond_pointwise(self, before_layers: bool = False) -> str | None:
-        """What its own forward does to the stream, since the layers began or before, that cannot be done to a part of the
-        sequence, or puts together with it that is not cut as it is."""
-        for operation in self.glue:
-            if operation.on_stream and operation.layers_began != before_layers:
-                others = [s for s in operation.foreign if s.numel() > 1 and s not in self.along]
-                if operation.name not in POINTWISE or others:
-                    return str(operation)
-        return None
-
-    @property
-    def along(self) -> dict[torch.Size, str]:
-        """Shape → name, of what it is given along the sequence, beside the stream."""
-        named = {**dict(zip(self.names[1:], self.args[1:], strict=False)), **self.kwargs}
-        named = {n: x for n, x in named.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3}
-        return {x.shape: n for n, x in named.items() if x.shape[:2] == (2, TOKENS)}
-
-    def meets(self) -> list[str]:
-        """Names of those that its own forward puts together with the stream."""
-        return sorted({self.along[s] for o in self.glue if o.on_stream for s in o.foreign if s in self.along})
+# Questions that a forward asks of a tensor, and what the recording itself calls. They compute nothing.
+NOT_RECORDED = {"get", "size", "dim", "is_floating_point", "detach", "equal", "clone"}
 
 
 @dataclass
@@ -75,8 +41,11 @@ class Operation:
     """One operation of a forward on floating tensors of which one is `[batch, seq, …]`.
 
     Attributes:
-        shapes: of its tensors. foreign: of those that the stream is not in. on_stream: whether it is in one. layers_began: whether
-            the first layer had been called.
+        name: of the function, without underscores; in-place and reflected ones go by the plain one's name.
+        shapes: of its tensors.
+        foreign: the shapes of those that the stream is not in.
+        on_stream: whether the stream is in one of them.
+        layers_began: whether the first layer had been called.
     """
 
     name: str
@@ -89,41 +58,233 @@ class Operation:
         return f"{self.name} of {' and '.join(str(list(s)) for s in self.shapes)}"
 
 
-POINTWISE = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float", "contiguous",
-             "expand_as", "same", "relu", "gelu", "silu", "tanh", "sigmoid"}  # fmt: skip
-"""Operations that do to a part of the sequence what they do to the whole. `same`: a view of the same shape."""
+@dataclass
+class Call:
+    """How a module was called in the copy's forward.
+
+    Attributes:
+        args, kwargs: what it was given.
+        output: the first tensor that it returned.
+        names: of its forward's parameters, without `self`.
+        linears: the linear layers that it called, in order, by name inside it; and whether the input of each was what the
+            module itself was given.
+        own_operations: what its own forward, and not a module that it calls, ran on tensors along the sequence.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Tensor
+    names: list[str] = field(default_factory=list)
+    linears: dict[str, bool] = field(default_factory=dict)
+    own_operations: list[Operation] = field(default_factory=list)
+
+    @property
+    def streams(self) -> list[Tensor]:
+        """The arguments that have the first floating tensor's shape."""
+        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        return [x for x in tensors if x.shape == tensors[0].shape]
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether it was given `[batch, seq, …]`, and returned that, or `[batch * seq, …]`."""
+        given, returned = (self.streams or [self.output])[0].shape, self.output.shape
+        return is_along_sequence(given) and (is_along_sequence(returned) or returned[:1] == (BATCH * TOKENS,))
+
+    def mixes_sequence(self, before_layers: bool = False) -> str | None:
+        """The first operation of its own forward on the stream that cannot be done to a part of the sequence, or that puts the
+        stream together with what is not cut as it is; None if there is none.
+
+        Args:
+            before_layers: look at what it did before the first layer was called, and not at what it did since.
+        """
+        for operation in self.own_operations:
+            if operation.on_stream and operation.layers_began != before_layers:
+                others = [s for s in operation.foreign if s.numel() > 1 and s not in self.along]
+                if operation.name not in LOCAL_OPERATIONS or others:
+                    return str(operation)
+        return None
+
+    @property
+    def along(self) -> dict[torch.Size, str]:
+        """Shape → name, of the arguments beside the stream that are `[batch, seq, …]` too."""
+        named = {**dict(zip(self.names[1:], self.args[1:], strict=False)), **self.kwargs}
+        named = {n: x for n, x in named.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3}
+        return {x.shape: n for n, x in named.items() if is_along_sequence(x.shape)}
+
+    def meets(self) -> list[str]:
+        """The names of those arguments in `along` that its own forward puts together with the stream."""
+        return sorted({self.along[s] for o in self.own_operations if o.on_stream for s in o.foreign if s in self.along})
 
 
-SPELLINGS = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div",
-             "truediv": "div"}  # fmt: skip
+def is_along_sequence(shape: torch.Size) -> bool:
+    return shape[:2] == (BATCH, TOKENS)
 
 
-OURS = {"get", "size", "dim", "is_floating_point", "detach", "equal", "clone"}  # questions, and the recording's own
+class SmallCopy:
+    """A small random copy of `model` on the CPU, without dropout, and how its modules were called.
+
+    Args:
+        stems: the names of the lists that the model's layers are in.
+        every_layer: as many layers as the model has, instead of one of each kind.
+
+    Attributes:
+        model, modules: the copy, and its modules by name.
+        calls: module name → its first call, in the order in which the calls ended.
+        reads_embedding: the module, if any, that takes rows of the embedding's weight by itself.
+        calls_loss_function: whether the model leaves its loss to `loss_function`, as most do.
+
+    Raises:
+        ValueError: no small copy can be built, or run.
+    """
+
+    def __init__(self, model: PreTrainedModel, stems: Iterable[str], every_layer: bool = False):
+        self.stems = tuple(f"{stem}." for stem in stems)
+        with aside():
+            self.model = shrunk_like(model, every_layer).eval()
+        self.modules = dict(self.model.named_modules())
+        for module in self.modules.values():  # The proof is run in training mode too.
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        try:
+            self.record()
+        except Exception as error:
+            raise ValueError(
+                f"hf_tpsp cannot run a small copy of {type(model).__name__} on the CPU, so it cannot prove a plan for it: {error}"
+            ) from error
+
+    def record(self, from_embedding: bool = True) -> None:
+        """Run the copy once, and note what is called.
+
+        Args:
+            from_embedding: the stream starts at the embedding's output, or else at what the first layer is given.
+        """
+        recorder = Recorder(self, from_embedding)
+        recorder.run()
+        self.calls = recorder.calls
+        self.reads_embedding = recorder.operations.reader
+        self.calls_loss_function = recorder.calls_loss_function
+
+
+class Recorder:
+    """The recording of one forward of a small copy: a hook before and after each module, and `OwnOperations` between them.
+
+    Attributes:
+        calls: module name → its first call.
+        open_calls: `(name, args, kwargs)` of the modules whose forward is running, outermost first.
+        linears: module name → its call's `linears`. A linear layer ends before whoever calls it has a `Call`.
+        operations: what the modules' own forwards did.
+        calls_loss_function: whether the model called its `loss_function`.
+    """
+
+    def __init__(self, small: SmallCopy, from_embedding: bool):
+        self.model, self.modules, self.stems = small.model, small.modules, small.stems
+        self.from_embedding = from_embedding
+        self.head, self.embedding = small.model.get_output_embeddings(), small.model.get_input_embeddings()
+        self.calls: dict[str, Call] = {}
+        self.open_calls: list[tuple[str, tuple, dict]] = []
+        self.linears: dict[str, dict[str, bool]] = {}
+        self.operations = OwnOperations(self.open_calls, self.embedding)
+        self.calls_loss_function = False
+
+    def run(self) -> None:
+        for parameter in self.stream_parameters():
+            self.operations.follow(parameter)
+        hooks = []
+        for name, module in self.modules.items():
+            before, after = functools.partial(self.before, name), functools.partial(self.after, name)
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(after, with_kwargs=True))
+        self.model.loss_function = self.loss_function
+        vocabulary = min(self.embedding.num_embeddings, self.model.config.get_text_config(decoder=True).vocab_size)
+        ids = torch.randint(3, vocabulary, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad(), aside(), self.operations:
+                self.model(input_ids=ids, labels=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, operation in self.operations.found:
+            if name in self.calls:
+                self.calls[name].own_operations.append(operation)
+        for name, linears in self.linears.items():
+            if name in self.calls:
+                self.calls[name].linears = linears
+
+    def stream_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the layers, or the modules that the layers are in, own themselves. They are laid out for the
+        stream, so the stream may be put together with them."""
+        for stem in self.stems:
+            layers = stem[:-1]
+            parts = layers.split(".")
+            around = [".".join(parts[:depth]) for depth in range(len(parts))]
+            for owner in (*around, *(f"{stem}{i}" for i in range(len(self.modules[layers])))):
+                yield from self.modules[owner].parameters(recurse=False)
+
+    def before(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.open_calls.append((name, *detached((args, kwargs))))
+        if f"{name.rpartition('.')[0]}." in self.stems:
+            self.operations.layers_began = True
+            self.operations.follow(first_tensor([*args, *kwargs.values()]))
+        elif module is self.head:  # Logits are no stream.
+            self.operations.is_on = False
+
+    def after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.operations.pass_on([*args, *kwargs.values()], output)
+        if module is self.embedding and self.from_embedding:
+            self.operations.follow(output)
+        _, args, kwargs = self.open_calls.pop()  # As it was given them: the module may have written into its own.
+        if (found := first_tensor(output)) is None:
+            return
+        if name not in self.calls:
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            self.calls[name] = Call(args, kwargs, found.detach().clone(), names)
+        if isinstance(module, (nn.Linear, Conv1D)) and args:
+            self.note_linear(name, args[0], found)
+
+    def note_linear(self, name: str, given: Tensor, output: Tensor) -> None:
+        """Tell every module whose first call is running that the linear layer `name` inside it was called."""
+        for outer, args, kwargs in self.open_calls:
+            if outer not in self.calls and name.startswith(outer):
+                streams = Call(args, kwargs, output).streams
+                is_entry = bool(streams) and streams[0].shape == given.shape and torch.equal(streams[0], given)
+                self.linears.setdefault(outer, {})[name.removeprefix(outer).lstrip(".")] = is_entry
+
+    def loss_function(self, *args, **kwargs) -> Tensor:
+        self.calls_loss_function = True
+        return torch.zeros(())
 
 
 class OwnOperations(TorchFunctionMode):
-    """Notes the operations on tensors along the sequence, with the module in whose own forward they are."""
+    """Notes the operations on tensors along the sequence, with the module in whose own forward they are.
 
-    def __init__(self, open_calls: list, embedding: nn.Module):
+    Attributes:
+        found: module name and operation, in order.
+        stream: id → tensor, of the tensors that the stream is in. They are kept alive, so that no other gets the id of one.
+        layers_began: whether the first layer was called. is_on: whether the head was not yet.
+        reader: the module, if any, that takes rows of the embedding's weight beside the embedding.
+    """
+
+    def __init__(self, open_calls: list[tuple[str, tuple, dict]], embedding: nn.Module):
         self.open_calls, self.embedding = open_calls, embedding
         self.found: list[tuple[str, Operation]] = []
-        self.stream: dict[int, Tensor] = {}  # what it is in, kept alive, so that no other tensor gets its id
-        self.layers_began = False
-        self.is_on = True  # until the head: logits are not a stream
-        self.reader: str | None = None  # of the embedding's weight, beside the embedding
+        self.stream: dict[int, Tensor] = {}
+        self.layers_began, self.is_on = False, True
+        self.reader: str | None = None
 
-    def follow(self, given: Any, output: Any = None) -> None:
-        """The stream is in `given`; or it is in `output` if it is in one of `given`."""
-        if output is None:
-            self.stream[id(given)] = given
-        elif any(id(x) in self.stream for x in given) and (first := first_tensor(output)) is not None:
-            self.stream[id(first)] = first
+    def follow(self, tensor: Tensor) -> None:
+        """From now on, the stream is in `tensor`."""
+        self.stream[id(tensor)] = tensor
+
+    def pass_on(self, given: list, output: Any) -> None:
+        """The stream is in `output` if it is in one of `given`."""
+        if any(id(x) in self.stream for x in given) and (first := first_tensor(output)) is not None:
+            self.follow(first)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").strip("_")
         name = SPELLINGS.get(name, name)
-        if not self.open_calls or not self.is_on or name in OURS:
+        if not self.open_calls or not self.is_on or name in NOT_RECORDED:
             return result
         caller = self.open_calls[-1][0]
         if name == "getitem" and args[0] is getattr(self.embedding, "weight", None):
@@ -131,18 +292,13 @@ class OwnOperations(TorchFunctionMode):
         tensors = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
         if name in ("view", "reshape", "expand", "getitem"):
             name = "same" if isinstance(result, Tensor) and tensors and result.shape == tensors[0].shape else "reshape"
-        if any(x.shape[:2] == (2, TOKENS) for x in tensors):
+        if any(is_along_sequence(x.shape) for x in tensors):
             foreign = [x.shape for x in tensors if id(x) not in self.stream]
             on_stream = any(id(x) in self.stream and not isinstance(x, nn.Parameter) for x in tensors)
             shapes = [x.shape for x in tensors]
             self.found.append((caller, Operation(name, shapes, foreign, on_stream, self.layers_began)))
-        self.follow(tensors, result)
+        self.pass_on(tensors, result)
         return result
-
-
-def parameter_names(module: nn.Module) -> list[str]:
-    """Of its class's forward, without `self`."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def detached(x: Any) -> Any:

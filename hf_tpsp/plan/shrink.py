@@ -220,7 +220,10 @@ def shrunk_model(
             elements = {n: p.numel() for n, p in build(small).named_parameters()}
         largest = max(elements, key=elements.get)
         if elements[largest] > LARGEST:
-            raise ValueError(f"{largest} would have {elements[largest]:,} elements in it")
+            raise ValueError(
+                f"{largest} would have {elements[largest]:,} elements in it. Add the size that it follows to `SIZES` in "
+                "hf_tpsp/plan/shrink.py"
+            )
         small._attn_implementation = small._experts_implementation = "eager"  # grouped kernels have no fp64
         model = build(small)
     except Exception as error:

@@ -1,5 +1,7 @@
 """The plan: derived for every named model, complete, and refused with names where it is not."""
 
+import re
+
 import models
 import pytest
 import torch
@@ -8,8 +10,10 @@ from torch import nn
 
 from hf_tpsp import TPSPConfig, plan_for
 from hf_tpsp.cli import main
+from hf_tpsp.plan.prove import is_own_mistake
 from hf_tpsp.plan.shrink import shrunk_config
-from hf_tpsp.rules import rule_for, wildcard
+from hf_tpsp.plan.trial import Trial, why_not
+from hf_tpsp.rules import check_used, rule_for, wildcard
 from hf_tpsp.styles.linear import rows_of
 
 TP2 = TPSPConfig(tp_size=2)
@@ -119,9 +123,80 @@ def test_mla():
 
 def test_what_is_not_split_is_noted():
     plan = plan_for(from_config("qwen3_next"), TP2)
-    assert plan.notes == ["model.layers.*.linear_attn (Qwen3NextGatedDeltaNet) is not split"] and plan.sequence_parallel
+    (note,) = plan.notes
+    assert note.startswith(
+        "model.layers.*.linear_attn (Qwen3NextGatedDeltaNet) is not split: the closest layout, gather; "
+    )
+    assert note.endswith("is off by 1 in evaluation") and plan.sequence_parallel
     assert plan["model.layers.*.linear_attn"] == "whole"
     assert plan["model.layers.*.linear_attn.in_proj_qkvz"] == "colwise_whole"  # transformers gathers its output
+
+
+NOT_SPLIT = {
+    "doge": (
+        "model.layers.0.self_attn",
+        "gather; colwise q_proj, k_proj, v_proj; rowwise o_proj; split:0 A",
+        "RuntimeError in its dt_proj (Linear), linear of [2, 11, 32] and [4, 64]: mat1 and mat2 shapes cannot be multiplied",
+    ),
+    "bloom": (
+        "transformer.h.0.self_attention",
+        "gather:heads; colwise query_key_value; rowwise dense",
+        "RuntimeError in its own forward, baddbmm of [8, 1, 11]: The expanded size of the tensor (4) must match",
+    ),
+}
+"""Model type → its attention, one of the layouts that do not fit it, and what that runs into: a dynamic mask that is made of all
+values; ALiBi's bias of all heads."""
+
+
+@pytest.mark.parametrize("model_type", NOT_SPLIT)
+def test_why_a_block_is_not_split(model_type):
+    block, layout, reason = NOT_SPLIT[model_type]
+    plan = plan_for(from_config(model_type), TP2)
+    trials = plan.tried[wildcard(block)]
+    (found,) = [trial for trial in trials if str(trial) == layout]
+    assert found.error.startswith(reason) and found.place.startswith(f"modeling_{model_type}.py:")
+    assert len(trials) > 10 and not any(trial.adds_up for trial in trials)
+    (note,) = [note for note in plan.notes if note.startswith(wildcard(block))]
+    assert f"is not split: the first layout, {trials[0]}, ends in {trials[0].error}" in note
+
+
+def test_what_was_tried_of_a_block_that_is_split():
+    """BLOOM's MLP adds the residual itself: as a term of each rank it is there twice."""
+    first, taken = plan_for(from_config("bloom"), TP2).tried["transformer.h.*.mlp"]
+    assert first.layout[""] == "gather" and first.off_by.keys() == {"evaluation"} and first.off_by["evaluation"] > 0.1
+    assert taken.layout[""] == "gather:residual" and taken.adds_up
+    assert taken.off_by.keys() == {"evaluation", "training"} and max(taken.off_by.values()) < 1e-6
+
+
+def test_why_not_names_the_closest():
+    far, near = (
+        Trial("MLP", {"": "gather", "up": rule}, {"evaluation": off}) for rule, off in (("a", 2.0), ("b", 0.25))
+    )
+    failed = Trial("MLP", {"": "gather"}, error="RuntimeError")
+    assert why_not([failed, far, near]) == "the closest layout, gather; b up, is off by 0.25 in evaluation"
+    assert why_not([failed]) == "the first layout, gather, ends in RuntimeError"
+    assert why_not([]) == "no layout is known for it"
+    nan = Trial("MLP", {"": "gather"}, {"evaluation": 0.0, "training": float("nan")})
+    assert not nan.adds_up and nan.outcome == "off by nan in training"
+
+
+def test_a_mistake_in_a_style_is_raised(monkeypatch):
+    """It is no layout that does not fit. (The same error in the model's own code is.)"""
+    monkeypatch.setattr("hf_tpsp.styles.base.local_slice", None)
+    with pytest.raises(TypeError, match="not callable"):
+        plan_for(on_meta("llama"), TP2)
+    with pytest.raises(TypeError) as error:
+        len(None)
+    assert not is_own_mistake(error.value)
+
+
+def test_a_rule_of_nothing_is_an_error():
+    model = on_meta("llama")
+    plan = plan_for(model, TP2)
+    check_used(model, plan)
+    plan["model.layers.*.mlp.gone"] = "colwise"
+    with pytest.raises(AssertionError, match=r"nothing that LlamaForCausalLM has: \['model.layers.\*.mlp.gone'\]"):
+        check_used(model, plan)
 
 
 def test_no_sequence_parallel_is_noted():
@@ -131,8 +206,10 @@ def test_no_sequence_parallel_is_noted():
 
 
 def test_nothing_to_split():
-    with pytest.raises(ValueError, match="found nothing in BertLMHeadModel that tensor parallelism can split"):
+    with pytest.raises(ValueError, match="found nothing in BertLMHeadModel that tensor parallelism can split") as error:
         plan_for(from_config("bert", is_decoder=True), TP2)
+    assert "layer.*.output (BertOutput) is not split; no loss parallel" in str(error.value)
+    assert "add a layout in hf_tpsp/plan/layouts.py, `layouts`" in str(error.value)
 
 
 def test_rows_of_shared_kv_heads():
@@ -179,6 +256,56 @@ def test_cli_table(tmp_path, capsys):
     assert rows["lm_head"] == ["Linear", "lazy_head", "all-gather", "reduce-scatter"]
     main(["plan", str(tmp_path), "--no-sequence-parallel"])
     assert "all-reduce" in capsys.readouterr().out
+
+
+def printed(capsys, *arguments) -> str:
+    """What the command prints, without borders and line breaks in cells."""
+    main(["plan", *arguments])
+    return re.sub(r"\s+", " ", re.sub("[│┃─━┏┓┗┛┡┩└┘├┤┼╇┳┴╀]", " ", capsys.readouterr().out))
+
+
+def test_cli_notes_and_parameters(capsys):
+    text = printed(capsys, "qwen3_next")
+    assert "- model.layers.*.linear_attn (Qwen3NextGatedDeltaNet) is not split: the closest layout" in text
+    assert "model.layers.*.mlp.experts Qwen3NextExperts replica" in text
+    assert "model.layers.*.mlp.experts.gate_up_proj Parameter packed:-2,2" in text
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn", "model.layers.*.self_attn"])
+def test_cli_why(capsys, name):
+    text = printed(capsys, "doge", "--why", name)
+    assert "model.layers.*.self_attn (DogeAttention), tp 2: whole" in text
+    assert "RuntimeError in its own forward, add of [2, 2, 11, 11] and [2, 4, 11," in text
+    assert "gather; colwise q_proj, k_proj, v_proj" in text and "taken" not in text.partition("- model")[0]
+    assert "- model.layers.*.self_attn (DogeAttention) is not split: the first layout" in text
+
+
+def test_cli_why_of_what_was_taken(capsys):
+    text = printed(capsys, "bloom", "--why", "transformer.h.1.mlp")
+    assert "(BloomMLP), tp 2: gather:residual; colwise dense_h_to_4h; rowwise dense_4h_to_h" in text
+    assert re.search(r" 1 gather; .* off by 0\.\d+ in evaluation 2 gather:residual; .* taken, off by \S+e-\d+ in", text)
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "bloom", "--why", "transformer.h.0.self_atention"])
+    assert (
+        "names no block that a layout was tried of; the nearest are transformer.h.*.self_attention"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "bloom", "--why", "transformer.h.1000.mlp"])
+
+
+def test_cli_why_nothing_is_split(capsys):
+    text = printed(capsys, "bert", "--why", "bert.encoder.layer.0.output")
+    assert "BertOutput), tp 2: whole" in text and "linear of [2, 11, 128] and [64, 64] and [64]" in text
+
+
+def test_cli_why_of_a_name_that_two_classes_bear(tmp_path, capsys):
+    """Dense layers and MoE layers: the number says which; `*` means both."""
+    shrunk_config(transformers.AutoConfig.for_model("deepseek_v3")).save_pretrained(tmp_path)
+    text = printed(capsys, str(tmp_path), "--why", "model.layers.0.mlp")
+    assert "model.layers.*.mlp (DeepseekV3MLP)" in text and "DeepseekV3MoE" not in text
+    text = printed(capsys, str(tmp_path), "--why", "model.layers.*.mlp")
+    assert "model.layers.*.mlp (DeepseekV3MLP)" in text and "model.layers.*.mlp (DeepseekV3MoE)" in text
 
 
 def test_cli_config(tmp_path, capsys):
