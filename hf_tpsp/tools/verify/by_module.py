@@ -15,7 +15,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -221,18 +221,32 @@ def error_of(
         table: parts by data-parallel rank and TP rank.
         zero: a norm of `expected` up to which it is rounding.
     """
+    table = [joined(parts, expected) for parts in table]
+    rows = table[0][0].local.shape[:1].numel()
+    owns = [expected] * len(table)
+    if expected.dim() and rows * len(table) == len(expected):
+        owns = expected.chunk(len(table))
+    elif is_gradient:  # of what serves all rows, as positions do: a term from each rank's
+        columns = zip(*table, strict=True)
+        table, owns = [[replace(parts[0], local=sum(p.local for p in parts)) for parts in columns]], [expected]
     found = 0.0
-    for rank, parts in enumerate(table):
-        own = expected
-        if expected.dim() and parts[0].local.shape[:1].numel() * len(table) == len(expected):
-            own = expected.chunk(len(table))[rank]
-        errors = [
-            largest(relative(*pair, zero) for pair in pairs) for pairs in readings(parts, own, is_inside, is_gradient)
-        ]
+    for parts, own in zip(table, owns, strict=True):
+        ways = readings(parts, own, is_inside, is_gradient)
+        errors = [largest(relative(*pair, zero) for pair in pairs) for pairs in ways]
         if not errors:
             return None
         found = larger(found, next((e for e in errors if math.isnan(e)), min(errors)))
     return found
+
+
+def joined(parts: list[Part], expected: Tensor) -> list[Part]:
+    """The TP ranks' parts of a DTensor as one; others as they are."""
+    if (dim := parts[0].dim) is None:
+        return parts
+    whole = torch.cat([part.local for part in parts], dim)
+    if whole.dim() == expected.dim() + 1:  # a block that returns `[batch * seq, …]`, which hf_tpsp gives back its batch
+        whole = whole.flatten(0, 1)
+    return [Part(whole)]
 
 
 def readings(
@@ -241,10 +255,7 @@ def readings(
     """What the TP ranks' parts may be of a whole tensor: pairs of what was found and what it must be, for each way to read them."""
     tensors = [part.local for part in parts]
     shapes = [tensor.shape for tensor in tensors]
-    if parts[0].dim is not None:
-        if (whole := torch.cat(tensors, parts[0].dim)).shape == expected.shape:
-            yield [(whole, expected)]
-    elif parts[0].features is not None:
+    if parts[0].features is not None:
         if is_gradient:  # features that several ranks have: each has a term of their gradient
             whole = torch.zeros_like(expected)
             for part in parts:

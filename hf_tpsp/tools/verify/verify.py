@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ...config import TPSPConfig
 from ...plan.shrink import shrunk_model
+from ...sharding import shard
 from ...structure import decoder_layers
 from ...styles.stream import Enter
 from ..ranks import RankPool
@@ -116,8 +117,6 @@ def compare(
     build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int, by_module: bool = False
 ) -> dict[str, Any]:
     """Train the model that `build` makes, and the same parallelized, on every rank. Returns fields of a `Result`."""
-    from ...sharding import shard
-
     reference, model = build(), build()
     if dist.get_rank() > 0:  # parallelize must take rank 0's
         with torch.no_grad():
