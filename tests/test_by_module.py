@@ -137,9 +137,10 @@ def test_nothing_is_found_where_nothing_is_wrong(ranks, model_type, config):
     result = verify(model_type, config, by_module=True, pool=ranks)
     assert result.is_equal and result.verdict == [], (result.error, result.verdict)
     for row in result.modules:
-        assert row.output is not None and row.output <= LIMIT, row
-        assert (row.gradient is None) == (row.backward is None or row.name == "lm_head"), row  # the loss has the head's
-        assert row.gradient is None or row.gradient <= LIMIT, row
+        is_compared = config.dp_size == 1 or ".experts." not in row.name  # some rank's tokens may choose others
+        assert row.output is not None or not is_compared, row
+        assert row.gradient is not None or not is_compared or row.backward is None or row.name == "lm_head", row
+        assert not any(error is not None and not error <= LIMIT for error in (row.output, row.gradient)), row
     assert max(row.parameters for row in result.modules if row.parameters is not None) == result.gradient
     assert {name for name, error in result.worst if error == result.gradient} == {result.parameter}
 
@@ -153,8 +154,9 @@ def recorded(config: TPSPConfig) -> list[bool]:
         batch = models.batch(2 * config.dp_size, 17)
         items = (batch["labels"][:, 1:] != -100).sum()
         if is_recorded:
-            rows = by_module.record(reference, model, batch, items, config, build_mesh(config), sums=True)
-            assert bool(rows) == (dist.get_rank() == 0) and off_from(rows, LIMIT) == (None, None)
+            recording = by_module.record(reference, model, batch, items, config, build_mesh(config), sums=True)
+            assert (recording is not None) == (dist.get_rank() == 0)
+            assert recording is None or off_from(recording.errors(), LIMIT) == (None, None)
             assert not any(m._forward_hooks for m in reference.modules())
             assert all(p.grad is None for part in (reference, model) for p in part.parameters())
         loss = model(**batch).loss

@@ -79,7 +79,7 @@ class Recorder:
 
     Attributes:
         outputs: in the order in which the calls end. gradients: in the order in which they arrive.
-        takers: call → the outermost modules that are given its very output.
+        takers: call → the outermost modules that are given its very output. calls: name → number of calls.
     """
 
     def __init__(self, model: nn.Module):
@@ -87,7 +87,7 @@ class Recorder:
         self.outputs: dict[Call, Part] = {}
         self.gradients: dict[Call, Part] = {}
         self.takers: dict[Call, list[str]] = {}
-        self._calls: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
         self._made: dict[int, tuple[Tensor, Call]] = {}  # the tensors are kept, so that no other has the same id
 
     def __enter__(self) -> Recorder:
@@ -125,8 +125,8 @@ class Recorder:
         if in_backward() or output is None:
             return
         name = self.names[module]
-        self._calls[name] += 1
-        call = name, self._calls[name]
+        self.calls[name] += 1
+        call = name, self.calls[name]
         features = vars(module).get("_tpsp_rows")
         features = features if isinstance(features, Tensor) else None  # an embedding's are its words
         self._made[id(output)], self.takers[call] = (output, call), []
@@ -162,70 +162,107 @@ def inside_split_blocks(model: nn.Module) -> set[str]:
     return {name for name in styles if any(name != block and is_within(name, block) for block in blocks)}
 
 
+@dataclass
+class Recording:
+    """What one step has left on rank 0.
+
+    Attributes:
+        expected: of the model in one process. found: of the other, by (data-parallel rank, TP rank): outputs, gradients and calls.
+        batch: `[rows, seq]`. kinds: name → class, of every module.
+        inside: the names of what stands inside split blocks.
+        zero: a norm up to which a gradient is rounding.
+    """
+
+    expected: Recorder
+    found: dict[tuple[int, int], tuple[dict[Call, Part], dict[Call, Part], Counter[str]]]
+    config: TPSPConfig
+    batch: torch.Size
+    kinds: dict[str, str]
+    inside: set[str]
+    zero: float
+
+    def parts(self, kind: int, call: Call) -> list[list[Part]] | None:
+        """All ranks', `[data-parallel rank][TP rank]`. `kind`: 0 for the output, 1 for its gradient.
+
+        None if one has none, or calls the module more or less often than one process: an expert that none of its tokens
+        chooses is not called, and its calls cannot be told apart from the others'.
+        """
+        size = self.config
+        ranks = [[self.found[dp, tp] for tp in range(size.tp_size)] for dp in range(size.dp_size)]
+        if any(
+            rank[2][call[0]] != self.expected.calls[call[0]] or call not in rank[kind] for row in ranks for rank in row
+        ):
+            return None
+        return [[rank[kind][call] for rank in row] for row in ranks]
+
+    def errors(self) -> list[ModuleErrors]:
+        """Of each call, in the order in which they end in one process."""
+        order = {call: i for i, call in enumerate(self.expected.gradients)}
+        rows = []
+        for call, output in self.expected.outputs.items():
+            name, number = call
+            row = ModuleErrors(name, self.kinds[name], number, is_inside=name in self.inside)
+            row.takers, row.backward = self.expected.takers[call], order.get(call)
+            if (table := self.parts(0, call)) is not None:
+                row.output = error_of(table, output.local, self.batch, is_inside=row.is_inside)
+            if call in order and (table := self.parts(1, call)) is not None:
+                expected = self.expected.gradients[call].local * self.config.dp_size  # FSDP will average over it
+                row.gradient = error_of(
+                    table, expected, self.batch, is_inside=row.is_inside, is_gradient=True, zero=self.zero
+                )
+            rows.append(row)
+        return rows
+
+
 def record(
     reference: nn.Module, model: nn.Module, batch: dict[str, Tensor], items: Tensor, config: TPSPConfig, mesh: DeviceMesh,
     *, sums: bool,
-) -> list[ModuleErrors]:  # fmt: skip
-    """The errors of outputs and their gradients, in the order in which the calls end in one process. Runs on every rank.
+) -> Recording | None:  # fmt: skip
+    """Run one step of both, without an optimizer. Collective; the recording is rank 0's.
 
     Args:
         items, sums: as for `train_beside`.
-
-    Returns:
-        On rank 0; on the others, none.
     """
     with Recorder(reference) as expected:
         backward(reference, batch, items)
     with Recorder(model) as found:
-        # FSDP averages over data parallelism; what arrives at an output is not averaged yet.
         backward(model, shard_batch(batch, mesh), items, config.dp_size if sums else 1)
     for part in (reference, model):
         part.zero_grad()
-
     place = data_parallel_rank(mesh), mesh["tp"].get_local_rank()
-    gathered = [None] * config.world_size if dist.get_rank() == 0 else None
-    dist.gather_object((place, found.outputs, found.gradients), gathered)
-    if gathered is None:
-        return []
-    ranks = {place: (outputs, gradients) for place, outputs, gradients in gathered}
-
-    def parts(kind: int, call: Call) -> list[list[Part]] | None:
-        """`[data-parallel rank][TP rank]`."""
-        table = [[ranks[dp, tp][kind].get(call) for tp in range(config.tp_size)] for dp in range(config.dp_size)]
-        return None if any(part is None for row in table for part in row) else table
-
-    norm = largest(part.local.norm() for part in expected.gradients.values())
-    zero = 10 * torch.finfo(next(reference.parameters()).dtype).eps * norm
-    inside, order = inside_split_blocks(model), {call: i for i, call in enumerate(expected.gradients)}
-    modules, rows = dict(reference.named_modules()), []
-    for call, output in expected.outputs.items():
-        name, number = call
-        row = ModuleErrors(name, type(modules[name]).__name__, number, is_inside=name in inside)
-        row.takers, row.backward = expected.takers[call], order.get(call)
-        if (table := parts(0, call)) is not None:
-            row.output = error_of(table, output.local, row.is_inside)
-        if call in order and (table := parts(1, call)) is not None:
-            for part in (part for row_of_ranks in table for part in row_of_ranks):
-                part.local /= config.dp_size
-            row.gradient = error_of(table, expected.gradients[call].local, row.is_inside, is_gradient=True, zero=zero)
-        rows.append(row)
-    return rows
+    ranks = [None] * config.world_size if dist.get_rank() == 0 else None
+    dist.gather_object((place, found.outputs, found.gradients, found.calls), ranks)
+    if ranks is None:
+        return None
+    norm = config.dp_size * largest(part.local.norm() for part in expected.gradients.values())
+    return Recording(
+        expected,
+        {place: kept for place, *kept in ranks},
+        config,
+        batch["input_ids"].shape,
+        {name: type(module).__name__ for name, module in reference.named_modules()},
+        inside_split_blocks(model),
+        zero=10 * torch.finfo(next(reference.parameters()).dtype).eps * norm,
+    )
 
 
 def error_of(
-    table: list[list[Part]], expected: Tensor, is_inside: bool, is_gradient: bool = False, zero: float | None = None
-) -> float | None:
+    table: list[list[Part]], expected: Tensor, batch: torch.Size, *, is_inside: bool, is_gradient: bool = False,
+    zero: float | None = None,
+) -> float | None:  # fmt: skip
     """The largest relative error over data parallelism of what the parts make together; None if that cannot be told.
 
     Args:
-        table: parts by data-parallel rank and TP rank.
+        table: parts by data-parallel rank and TP rank. batch: `[rows, seq]`, whose rows data parallelism shares out.
         zero: a norm of `expected` up to which it is rounding.
     """
     table = [joined(parts, expected) for parts in table]
-    rows = table[0][0].local.shape[:1].numel()
+    rows = [parts[0].local.shape[:1].numel() for parts in table]
     owns = [expected] * len(table)
-    if expected.dim() and rows * len(table) == len(expected):
+    if expected.dim() and set(rows) == {len(expected) / len(table)} and len(expected) in (batch[0], batch.numel()):
         owns = expected.chunk(len(table))
+    elif set(rows) != {expected.shape[:1].numel()}:  # the tokens of an expert, in an order of its own
+        return None
     elif is_gradient:  # of what serves all rows, as positions do: a term from each rank's
         columns = zip(*table, strict=True)
         table, owns = [[replace(parts[0], local=sum(p.local for p in parts)) for parts in columns]], [expected]

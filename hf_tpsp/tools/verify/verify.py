@@ -134,8 +134,9 @@ def compare(
         sums = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
         sums = not torch.equal(sums, reference(input_ids=ids, labels=labels, num_items_in_batch=2 * items).loss)
     steps = [[{"input_ids": ids, "labels": labels}]] * STEPS
-    modules = record(reference, model, steps[0][0], items, config, mesh, sums=sums) if by_module else []
+    recording = record(reference, model, steps[0][0], items, config, mesh, sums=sums) if by_module else None
     errors = train_beside(reference, model, steps, config, mesh, sums=sums, rounding=True)
+    modules = recording.errors() if recording is not None else []
     add_parameters(modules, errors)
     collectives = max((collectives_of(layer) for layer in decoder_layers(model)), key=lambda c: sum(c.values()))
     return {
