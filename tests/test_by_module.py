@@ -21,7 +21,7 @@ from hf_tpsp.styles import stream
 from hf_tpsp.tools.verify import by_module
 from hf_tpsp.tools.verify.by_module import ModuleErrors, off_from, verdict
 from hf_tpsp.tools.verify.comparison import Errors, set_training
-from hf_tpsp.tools.verify.verify import Result, _on_rank, verify
+from hf_tpsp.tools.verify.verify import Result, _on_rank, build, verify
 
 MESH_1x2, MESH_2x2 = TPSPConfig(tp_size=2, check="off"), TPSPConfig(tp_size=2, dp_shard_size=2, check="off")
 LIMIT = 1e-5
@@ -209,6 +209,13 @@ def test_what_stands_inside_a_block_is_not_suspected():
     assert verdict([wrong, rows[1]], LIMIT) == [
         "the backward is off from attn.q (Linear) on: the gradient of attn.q.bias is off by 1.0e+00"
     ]
+
+
+def test_a_copy_that_cannot_be_built_says_what_to_extend():
+    with pytest.raises(
+        ValueError, match=r"COMPLETED in hf_tpsp/tools/verify/verify.py; shrunk_model in hf_tpsp/plan/shrink.py"
+    ):
+        build("llama", torch.float32, 131, {"hidden_act": "no such function"})
 
 
 def test_it_is_public():
