@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from .mesh import add_mesh_arguments, mesh_config
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..tools.verify.verify import Result
 
 
@@ -28,6 +30,10 @@ def add(commands) -> None:
     verify.add_argument("--seq", type=int, default=17, metavar="N", help="tokens of a row (default 17)")
     verify.add_argument("--vocab", type=int, default=131, metavar="N", help="vocabulary of the copy (default 131)")
     verify.add_argument("--dtype", choices=("fp32", "fp64"), default="fp32", help="default fp32")
+    verify.add_argument(
+        "--by-module", action="store_true",
+        help="compare the output and the gradient of every module too, and say from which on they are off",
+    )  # fmt: skip
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
     verify.add_argument(
         "--all", action="store_true", help="every causal-LM model type of transformers; writes SUPPORT.md"
@@ -51,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
     if args.all == bool(args.model):
         raise ValueError("verify takes a model type or a folder, or --all.")
     if args.all:
+        if args.by_module:
+            raise ValueError("--by-module looks into one model; --all compares many.")
         return run_all(args)
     result = verify(
         args.model,
@@ -58,9 +66,17 @@ def run(args: argparse.Namespace) -> None:
         length=args.seq,
         vocabulary=args.vocab,
         dtype=f"float{args.dtype.removeprefix('fp')}",
+        by_module=args.by_module,
     )
     if args.json:
-        print(json.dumps({**asdict(result), "is_equal": result.is_equal}))
+        forward, backward = result.off_from
+        found = {
+            **asdict(result),
+            "is_equal": result.is_equal,
+            "forward_off_from": forward,
+            "backward_off_from": backward,
+        }
+        print(json.dumps(found))
     else:
         print_result(result)
     if not result.is_equal:
@@ -95,6 +111,42 @@ def print_result(result: Result) -> None:
     )
     for note in result.notes:
         console.print(f"- {note}", highlight=False)
+    if result.modules:
+        console.print(module_table(result))
+    if result.modules or not result.is_equal:
+        table = Table(title="the parameters whose gradients are furthest off", title_justify="left")
+        table.add_column("parameter", overflow="fold")
+        table.add_column("relative error")
+        for name, error in result.worst:
+            table.add_row(name, figure(error, result.limit))
+        console.print(table)
+    for line in result.verdict:
+        console.print(line, highlight=False, markup=False)
+    if result.modules and not result.verdict:
+        console.print(f"no module's output or gradient is off by more than {result.limit:.0e}", highlight=False)
+    elif not result.modules and not result.is_equal:
+        console.print("hf-tpsp verify … --by-module says from which module on", highlight=False)
+
+
+def module_table(result: Result) -> Table:
+    """The errors of every module, in the order of execution, and what is above the limit in bold."""
+    from rich.table import Table
+
+    table = Table(title="by module, in the order of execution: relative errors", title_justify="left")
+    table.add_column("module", overflow="fold")
+    for column in ("class", "output", "its gradient", "parameters' gradients", ""):
+        table.add_column(column)
+    for row in result.modules:
+        name = row.name if row.call == 1 else f"{row.name}, call {row.call}"
+        figures = (figure(error, result.limit) for error in (row.output, row.gradient, row.parameters))
+        table.add_row(name, row.kind, *figures, "inside, split" if row.is_inside else "")
+    return table
+
+
+def figure(error: float | None, limit: float) -> str:
+    if error is None:
+        return ""
+    return f"{error:.1e}" if error <= limit else f"[bold red]{error:.1e}[/]"
 
 
 def run_all(args: argparse.Namespace) -> None:

@@ -58,9 +58,15 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖; a zero tensor must stay zero."""
+def relative(found: Tensor, expected: Tensor, zero: float | None = None) -> float:
+    """‖found - expected‖ / ‖expected‖; a zero tensor must stay zero.
+
+    Args:
+        zero: a norm of `expected` up to which it is zero but for rounding, and must only stay so.
+    """
     norm = expected.norm().item()
+    if zero is not None and norm <= zero:
+        return 0.0 if found.norm() <= 10 * zero else math.inf
     return ((found - expected).norm() / (norm or 1.0)).item()
 
 
@@ -101,6 +107,11 @@ class Errors:
                 self.parameter = name
         setattr(self, kind, larger(getattr(self, kind), error))
 
+    def worst(self, count: int = 10) -> list[tuple[str, float]]:
+        """The parameters whose gradients are furthest off, and by how much; NaN is furthest."""
+        rank = {name: math.inf if math.isnan(error) else error for name, error in self.of.items()}
+        return [(name, self.of[name]) for name in sorted(rank, key=rank.get, reverse=True)[:count]]
+
     def within(self, limit: float, weight: float | None = None) -> bool:
         """Whether all are at most `limit`, the weights' at most `weight`. NaN is not."""
         return all(getattr(self, kind) <= (weight if kind == "weight" and weight else limit) for kind in KINDS)
@@ -132,11 +143,15 @@ def compare_gradients(reference: nn.Module, model: nn.Module, errors: Errors, ro
         elif found.grad is None:
             errors.add("gradient", float(expected.grad.any()), name)
         else:
-            grad, zero = full(found.grad), 10 * torch.finfo(expected.dtype).eps * norm
-            if rounding and expected.grad.norm() <= zero:
-                errors.add("gradient", 0.0 if grad.norm() <= 10 * zero else math.inf, name)
-            else:
-                errors.add("gradient", relative(grad, expected.grad), name)
+            zero = 10 * torch.finfo(expected.dtype).eps * norm if rounding else None
+            errors.add("gradient", relative(full(found.grad), expected.grad, zero), name)
+
+
+def backward(model: nn.Module, batch: dict[str, Tensor], items: Tensor, scale: float = 1) -> float:
+    """The loss of `batch`, of whose `scale`-fold the gradients are added up."""
+    loss = model(**batch, num_items_in_batch=items).loss
+    (loss * scale).backward()
+    return loss.item()
 
 
 def train_beside(
@@ -169,12 +184,9 @@ def train_beside(
         items = sum((b["labels"][:, 1:] != -100).sum() for b in batches)
         expected = found = 0.0
         for batch in batches:
-            loss = reference(**batch, num_items_in_batch=items).loss
-            loss.backward()
-            expected += loss.item()
-            loss = model(**shard_batch(batch, mesh), num_items_in_batch=items).loss
-            (loss * config.dp_size if sums else loss).backward()  # FSDP averages over data parallelism
-            found += loss.item()
+            expected += backward(reference, batch, items)
+            # FSDP averages over data parallelism.
+            found += backward(model, shard_batch(batch, mesh), items, config.dp_size if sums else 1)
         total = torch.tensor(found, dtype=torch.float64)
         dist.all_reduce(total)
         errors.add("loss", relative_number(total.item() / (config.tp_size if sums else config.world_size), expected))

@@ -26,9 +26,11 @@ from transformers.utils import logging
 
 from ...config import TPSPConfig
 from ...plan.shrink import shrunk_model
+from ...sharding import shard
 from ...structure import decoder_layers
 from ...styles.stream import Enter
 from ..ranks import RankPool
+from .by_module import ModuleErrors, add_parameters, off_from, record, verdict
 from .comparison import KeepFp64, set_training, train_beside
 
 LIMITS = {"float32": 1e-5, "float64": 1e-6}
@@ -63,6 +65,8 @@ class Result:
         sequence_parallel, loss_parallel: whether the stream was sharded over the sequence, and the logits over the vocabulary.
             notes: why not, and what is not split.
         collectives: of a decoder layer, the one that has most, forward and backward, by kind, as its styles state them.
+        worst: the ten parameters whose gradients are furthest off, and their relative errors.
+        modules: with `by_module`, the errors of every module, in the order of execution.
         error: why there are no figures.
     """
 
@@ -81,6 +85,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     collectives: dict[str, int] = field(default_factory=dict)
     error: str = ""
+    worst: list[tuple[str, float]] = field(default_factory=list)
+    modules: list[ModuleErrors] = field(default_factory=list)
 
     @property
     def limit(self) -> float:
@@ -95,11 +101,22 @@ class Result:
         errors = (self.loss, self.limit), (self.gradient, self.limit), (self.weights, self.weights_limit)
         return not self.error and all(error <= limit for error, limit in errors)  # NaN is no error that is small
 
+    @property
+    def off_from(self) -> tuple[str, str]:
+        """With `by_module`, the first module whose output is off, and in the order of backward the first whose gradient is. `""`:
+        none is."""
+        return tuple(row.name if row else "" for row in off_from(self.modules, self.limit))
 
-def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int) -> dict[str, Any]:
+    @property
+    def verdict(self) -> list[str]:
+        """The same in words."""
+        return verdict(self.modules, self.limit)
+
+
+def compare(
+    build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int, by_module: bool = False
+) -> dict[str, Any]:
     """Train the model that `build` makes, and the same parallelized, on every rank. Returns fields of a `Result`."""
-    from ...sharding import shard
-
     reference, model = build(), build()
     if dist.get_rank() > 0:  # parallelize must take rank 0's
         with torch.no_grad():
@@ -117,7 +134,10 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
         sums = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
         sums = not torch.equal(sums, reference(input_ids=ids, labels=labels, num_items_in_batch=2 * items).loss)
     steps = [[{"input_ids": ids, "labels": labels}]] * STEPS
+    recording = record(reference, model, steps[0][0], items, config, mesh, sums=sums) if by_module else None
     errors = train_beside(reference, model, steps, config, mesh, sums=sums, rounding=True)
+    modules = recording.errors() if recording is not None else []
+    add_parameters(modules, errors)
     collectives = max((collectives_of(layer) for layer in decoder_layers(model)), key=lambda c: sum(c.values()))
     return {
         "loss": errors.loss,
@@ -128,6 +148,8 @@ def compare(build: Callable[[], PreTrainedModel], config: TPSPConfig, length: in
         "sequence_parallel": plan.sequence_parallel,
         "loss_parallel": plan.loss_parallel,
         "notes": plan.notes,
+        "worst": errors.worst(),
+        "modules": modules,
     }
 
 
@@ -153,7 +175,13 @@ def build(source: str, dtype: torch.dtype, vocabulary: int, settings: dict[str, 
         if hasattr(text, name):
             setattr(text, name, value)
     with torch.random.fork_rng(devices=[]):
-        return shrunk_model(config, cls, dtype=dtype, vocabulary=vocabulary)
+        try:
+            return shrunk_model(config, cls, dtype=dtype, vocabulary=vocabulary)
+        except Exception as error:
+            where = "shrunk_model in hf_tpsp/plan/shrink.py knows the names of sizes"
+            if source in CONFIG_MAPPING:
+                where = f"what the default config of {source} lacks belongs in COMPLETED in hf_tpsp/tools/verify/verify.py; {where}"
+            raise ValueError(f"no small copy could be built ({type(error).__name__}: {error}); {where}.") from error
 
 
 def read(source: str) -> tuple[PreTrainedConfig, type | None]:
@@ -174,14 +202,14 @@ def check_known(source: str) -> None:
 
 
 def _on_rank(
-    source: str, config: TPSPConfig, length: int, vocabulary: int, dtype: str, settings: dict
+    source: str, config: TPSPConfig, length: int, vocabulary: int, dtype: str, settings: dict, by_module: bool = False
 ) -> dict[str, Any]:
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     torch_dtype = getattr(torch, dtype)
     with KeepFp64() if torch_dtype == torch.float64 else contextlib.nullcontext():
         try:
-            return compare(lambda: build(source, torch_dtype, vocabulary, settings), config, length)
+            return compare(lambda: build(source, torch_dtype, vocabulary, settings), config, length, by_module)
         except Exception as error:
             text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
             return {"error": text.replace("\n", " ")[:600]}
@@ -195,6 +223,7 @@ def verify(
     vocabulary: int = 131,
     dtype: str = "float32",
     settings: dict[str, Any] | None = None,
+    by_module: bool = False,
     pool: RankPool | None = None,
     timeout: float = 120,
 ) -> Result:
@@ -204,18 +233,21 @@ def verify(
         source: a model type of transformers (`"qwen3"`), or a checkpoint folder, whose own code is run.
         length: tokens of each of two rows for each data-parallel rank. vocabulary: of the copy. dtype: float32 or float64.
         settings: further fields of the copy's config.
+        by_module: compare every module's output, and the gradient of that, too, to find where a difference begins. The check
+            that a first step makes of itself is left out then: it would end what is to be compared.
         pool: ranks that are running already.
 
     Returns:
         The largest errors, or why there are none. Nothing raises but an unknown `source`.
     """
     check_known(source)
+    if by_module:
+        config = replace(config, check="off")
     result = Result(source, config.dp_size, config.tp_size, length, vocabulary, dtype)
     own = pool or RankPool()
     try:
-        found = own.run(
-            config.world_size, _on_rank, source, config, length, vocabulary, dtype, settings or {}, timeout=timeout
-        )[0]
+        arguments = source, config, length, vocabulary, dtype, settings or {}, by_module
+        found = own.run(config.world_size, _on_rank, *arguments, timeout=timeout)[0]
     except RuntimeError as error:
         return replace(result, error=str(error).strip().splitlines()[-1][:300])
     finally:

@@ -1,0 +1,364 @@
+"""Where a difference from one process begins: each module's output, its gradient, and its parameters' (`--by-module`).
+
+`record` runs one forward and backward of the model in one process, and of the same model on the mesh, and keeps what every
+module returned and the gradient that came back to it. Rank 0 then has the parts of all ranks, and joins them. Both models are
+as they were afterwards, but for having run.
+
+What a module returns is whole, or sharded over the sequence, unless the module stands inside a block that is split. There, a
+rank has its own features or heads, or a term of a sum. Which one, the parts' shapes say, or else the reading that comes nearest
+to one process is taken; so these modules only help to look further inside a block that is off, and never put one under suspicion.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ...config import TPSPConfig
+from ...loss.logits import LazyLogits
+from ...styles.block import Block, Whole, map_tensors
+from ...upstream.autograd import in_backward
+from .comparison import Errors, backward, data_parallel_rank, larger, largest, relative, shard_batch
+
+Call = tuple[str, int]
+"""A module's name, and which of its calls."""
+
+
+@dataclass
+class ModuleErrors:
+    """The relative errors of one call of one module. None: there is nothing, or nothing whole, to compare.
+
+    Attributes:
+        kind: its class. call: which of its calls, from 1.
+        output: of the first floating tensor that it returned; gradient: of the gradient of that.
+        parameters: the largest of its own parameters' gradients, those of modules inside that are never called included;
+            `parameter`: where that is.
+        is_inside: whether it stands inside a split block, where a rank has a part of what one process has.
+        takers: the modules that are given its output, from whose backward its gradient comes.
+        backward: its place in the order in which gradients arrive, from 0.
+    """
+
+    name: str
+    kind: str
+    call: int = 1
+    output: float | None = None
+    gradient: float | None = None
+    parameters: float | None = None
+    parameter: str = ""
+    is_inside: bool = False
+    takers: list[str] = field(default_factory=list)
+    backward: int | None = None
+
+
+@dataclass
+class Part:
+    """What one rank has of a tensor.
+
+    Attributes:
+        dim: along which its DTensor is sharded, if it is one that is.
+        features: which of the last dimension these are, if the module's layout says so.
+    """
+
+    local: Tensor
+    dim: int | None = None
+    features: Tensor | None = None
+
+
+class Recorder:
+    """While entered, keeps what each module of `model` returns, and the gradient of that.
+
+    Attributes:
+        outputs: in the order in which the calls end. gradients: in the order in which they arrive.
+        takers: call → the outermost modules that are given its very output. calls: name → number of calls.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.names = {module: name for name, module in model.named_modules() if name}
+        self.outputs: dict[Call, Part] = {}
+        self.gradients: dict[Call, Part] = {}
+        self.takers: dict[Call, list[str]] = {}
+        self.calls: Counter[str] = Counter()
+        self._made: dict[int, tuple[Tensor, Call]] = {}  # the tensors are kept, so that no other has the same id
+
+    def __enter__(self) -> Recorder:
+        self._handles = [
+            handle
+            for module in self.names
+            for handle in (
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after),
+            )
+        ]
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._made.clear()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if in_backward():  # a checkpointed layer, which runs once more
+            return
+        name = self.names[module]
+
+        def note(x: Tensor) -> None:
+            _, call = self._made.get(id(x), (None, None))
+            if call is not None and not any(is_within(name, taker) for taker in self.takers[call]):
+                self.takers[call].append(name)
+
+        map_tensors(note, (args, kwargs))
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        found: list[Tensor] = []
+        map_tensors(found.append, dict(output) if isinstance(output, dict) else output)
+        output = next((x for x in found if x.is_floating_point()), None)
+        if in_backward() or output is None:
+            return
+        name = self.names[module]
+        self.calls[name] += 1
+        call = name, self.calls[name]
+        features = vars(module).get("_tpsp_rows")
+        features = features if isinstance(features, Tensor) else None  # an embedding's are its words
+        self._made[id(output)], self.takers[call] = (output, call), []
+        if isinstance(output, LazyLogits):
+            # Not by reading them, which would have the loss know. Their gradient is inside the loss.
+            with torch.no_grad():
+                self.outputs[call] = part_of(output._run(output.hidden))
+            return
+        self.outputs[call] = part_of(output, features)
+        if output.requires_grad:
+            output.register_hook(functools.partial(self._arrived, call, features))
+
+    def _arrived(self, call: Call, features: Tensor | None, grad: Tensor) -> None:
+        self.gradients[call] = part_of(grad, features)
+
+
+def part_of(x: Tensor, features: Tensor | None = None) -> Part:
+    """A copy: the model may write into `x`."""
+    if not isinstance(x, DTensor):
+        return Part(x.detach().clone(), None, features)
+    (placement,) = x.placements
+    return Part(x.to_local().detach().clone(), placement.dim if isinstance(placement, Shard) else None)
+
+
+def is_within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def inside_split_blocks(model: nn.Module) -> set[str]:
+    """The names of what stands inside blocks of which each rank computes a part."""
+    styles = {name: vars(module).get("_tpsp_style") for name, module in model.named_modules()}
+    blocks = [name for name, style in styles.items() if isinstance(style, Block) and not isinstance(style, Whole)]
+    return {name for name in styles if any(name != block and is_within(name, block) for block in blocks)}
+
+
+@dataclass
+class Recording:
+    """What one step has left on rank 0.
+
+    Attributes:
+        expected: of the model in one process. found: of the other, by (data-parallel rank, TP rank): outputs, gradients and calls.
+        batch: `[rows, seq]`. kinds: name → class, of every module.
+        inside: the names of what stands inside split blocks.
+        zero: a norm up to which a gradient is rounding.
+    """
+
+    expected: Recorder
+    found: dict[tuple[int, int], tuple[dict[Call, Part], dict[Call, Part], Counter[str]]]
+    config: TPSPConfig
+    batch: torch.Size
+    kinds: dict[str, str]
+    inside: set[str]
+    zero: float
+
+    def parts(self, kind: int, call: Call) -> list[list[Part]] | None:
+        """All ranks', `[data-parallel rank][TP rank]`. `kind`: 0 for the output, 1 for its gradient.
+
+        None if one has none, or calls the module more or less often than one process: an expert that none of its tokens
+        chooses is not called, and its calls cannot be told apart from the others'.
+        """
+        size = self.config
+        ranks = [[self.found[dp, tp] for tp in range(size.tp_size)] for dp in range(size.dp_size)]
+        if any(
+            rank[2][call[0]] != self.expected.calls[call[0]] or call not in rank[kind] for row in ranks for rank in row
+        ):
+            return None
+        return [[rank[kind][call] for rank in row] for row in ranks]
+
+    def errors(self) -> list[ModuleErrors]:
+        """Of each call, in the order in which they end in one process."""
+        order = {call: i for i, call in enumerate(self.expected.gradients)}
+        rows = []
+        for call, output in self.expected.outputs.items():
+            name, number = call
+            row = ModuleErrors(name, self.kinds[name], number, is_inside=name in self.inside)
+            row.takers, row.backward = self.expected.takers[call], order.get(call)
+            if (table := self.parts(0, call)) is not None:
+                row.output = error_of(table, output.local, self.batch, is_inside=row.is_inside)
+            if call in order and (table := self.parts(1, call)) is not None:
+                expected = self.expected.gradients[call].local * self.config.dp_size  # FSDP will average over it
+                row.gradient = error_of(
+                    table, expected, self.batch, is_inside=row.is_inside, is_gradient=True, zero=self.zero
+                )
+            rows.append(row)
+        return rows
+
+
+def record(
+    reference: nn.Module, model: nn.Module, batch: dict[str, Tensor], items: Tensor, config: TPSPConfig, mesh: DeviceMesh,
+    *, sums: bool,
+) -> Recording | None:  # fmt: skip
+    """Run one step of both, without an optimizer. Collective; the recording is rank 0's.
+
+    Args:
+        items, sums: as for `train_beside`.
+    """
+    with Recorder(reference) as expected:
+        backward(reference, batch, items)
+    with Recorder(model) as found:
+        backward(model, shard_batch(batch, mesh), items, config.dp_size if sums else 1)
+    for part in (reference, model):
+        part.zero_grad()
+    place = data_parallel_rank(mesh), mesh["tp"].get_local_rank()
+    ranks = [None] * config.world_size if dist.get_rank() == 0 else None
+    dist.gather_object((place, found.outputs, found.gradients, found.calls), ranks)
+    if ranks is None:
+        return None
+    norm = config.dp_size * largest(part.local.norm() for part in expected.gradients.values())
+    return Recording(
+        expected,
+        {place: kept for place, *kept in ranks},
+        config,
+        batch["input_ids"].shape,
+        {name: type(module).__name__ for name, module in reference.named_modules()},
+        inside_split_blocks(model),
+        zero=10 * torch.finfo(next(reference.parameters()).dtype).eps * norm,
+    )
+
+
+def error_of(
+    table: list[list[Part]], expected: Tensor, batch: torch.Size, *, is_inside: bool, is_gradient: bool = False,
+    zero: float | None = None,
+) -> float | None:  # fmt: skip
+    """The largest relative error over data parallelism of what the parts make together; None if that cannot be told.
+
+    Args:
+        table: parts by data-parallel rank and TP rank. batch: `[rows, seq]`, whose rows data parallelism shares out.
+        zero: a norm of `expected` up to which it is rounding.
+    """
+    table = [joined(parts, expected) for parts in table]
+    rows = [parts[0].local.shape[:1].numel() for parts in table]
+    owns = [expected] * len(table)
+    if expected.dim() and set(rows) == {len(expected) / len(table)} and len(expected) in (batch[0], batch.numel()):
+        owns = expected.chunk(len(table))
+    elif set(rows) != {expected.shape[:1].numel()}:  # the tokens of an expert, in an order of its own
+        return None
+    elif is_gradient:  # of what serves all rows, as positions do: a term from each rank's
+        columns = zip(*table, strict=True)
+        table, owns = [[replace(parts[0], local=sum(p.local for p in parts)) for parts in columns]], [expected]
+    found = 0.0
+    for parts, own in zip(table, owns, strict=True):
+        ways = readings(parts, own, is_inside, is_gradient)
+        errors = [largest(relative(*pair, zero) for pair in pairs) for pairs in ways]
+        if not errors:
+            return None
+        found = larger(found, next((e for e in errors if math.isnan(e)), min(errors)))
+    return found
+
+
+def joined(parts: list[Part], expected: Tensor) -> list[Part]:
+    """The TP ranks' parts of a DTensor as one; others as they are."""
+    if (dim := parts[0].dim) is None:
+        return parts
+    whole = torch.cat([part.local for part in parts], dim)
+    if whole.dim() == expected.dim() + 1:  # a block that returns `[batch * seq, …]`, which hf_tpsp gives back its batch
+        whole = whole.flatten(0, 1)
+    return [Part(whole)]
+
+
+def readings(
+    parts: list[Part], expected: Tensor, is_inside: bool, is_gradient: bool
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What the TP ranks' parts may be of a whole tensor: pairs of what was found and what it must be, for each way to read them."""
+    tensors = [part.local for part in parts]
+    shapes = [tensor.shape for tensor in tensors]
+    if parts[0].features is not None:
+        if is_gradient:  # features that several ranks have: each has a term of their gradient
+            whole = torch.zeros_like(expected)
+            for part in parts:
+                whole.index_add_(-1, part.features, part.local)
+            yield [(whole, expected)]
+        else:
+            yield [(part.local, expected.index_select(-1, part.features)) for part in parts]
+    elif all(shape == expected.shape for shape in shapes):
+        yield [(tensor, expected) for tensor in tensors]
+        if is_inside:
+            yield [(sum(tensors), expected)]
+    elif is_inside and {len(shape) for shape in shapes} == {expected.dim()}:
+        differing = [d for d in range(expected.dim()) if any(shape[d] != expected.shape[d] for shape in shapes)]
+        if len(differing) == 1 and sum(shape[differing[0]] for shape in shapes) == expected.shape[differing[0]]:
+            yield [(torch.cat(tensors, differing[0]), expected)]
+
+
+def add_parameters(rows: list[ModuleErrors], errors: Errors) -> None:
+    """Enter the error of each parameter's gradient at the module that has it, or at the nearest around it that is called: at its
+    first call, whose backward is the last to add to the gradient."""
+    first = {row.name: row for row in reversed(rows)}
+    for parameter, error in errors.of.items():
+        name = parameter
+        while name and name not in first:
+            name = name.rpartition(".")[0]
+        if (row := first.get(name)) is None:
+            continue
+        if row.parameters is None or larger(row.parameters, error) is not row.parameters:
+            row.parameters, row.parameter = error, parameter
+
+
+def is_off(error: float | None, limit: float) -> bool:
+    """NaN is."""
+    return error is not None and not error <= limit
+
+
+def off_from(rows: Iterable[ModuleErrors], limit: float) -> tuple[ModuleErrors | None, ModuleErrors | None]:
+    """The first module whose output is off, and in the order of backward the first whose gradient is off, or a parameter's."""
+    rows = list(rows)
+    forward = next((row for row in rows if not row.is_inside and is_off(row.output, limit)), None)
+    arrived = sorted((row for row in rows if row.backward is not None), key=lambda row: row.backward)
+    others = [row for row in reversed(rows) if row.backward is None]  # whose output no gradient reaches: last
+    wrong = (
+        row
+        for row in (*arrived, *others)
+        if is_off(row.parameters, limit) or (not row.is_inside and is_off(row.gradient, limit))
+    )
+    return forward, next(wrong, None)
+
+
+def verdict(rows: list[ModuleErrors], limit: float) -> list[str]:
+    """Where forward and backward are off from, in words; none if they are not."""
+    forward, backward = off_from(rows, limit)
+    lines = []
+    if forward is not None:
+        line = f"the forward is off from {forward.name} ({forward.kind}) on: its output is off by {forward.output:.1e}"
+        inner = (row for row in rows if row.name != forward.name and is_within(row.name, forward.name))
+        if (first := next((row for row in inner if is_off(row.output, limit)), None)) is not None:
+            line += f"; inside it, from {first.name} ({first.kind}) on"
+        lines.append(line)
+    if backward is not None:
+        line = f"the backward is off from {backward.name} ({backward.kind}) on: "
+        if not backward.is_inside and is_off(backward.gradient, limit):
+            line += f"the gradient of its output is off by {backward.gradient:.1e}"
+            line += f"; it comes from {' and '.join(backward.takers)}" if backward.takers else ""
+        else:
+            line += f"the gradient of {backward.parameter} is off by {backward.parameters:.1e}"
+        lines.append(line)
+    return lines
