@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..collectives import chunk_of
 from ..config import TPSPConfig
-from ..structure import first_tensor
+from ..structure import DROPOUTS, first_tensor
 from ..styles.registry import style_for
 from .record import RANKS, TOKENS, Call, OwnOperations, aside, detached, parameter_names
 from .shrink import shrunk_like
@@ -44,7 +44,7 @@ class Twin:
             self.model = shrunk_like(model, every_layer).eval()
         self.modules = dict(self.model.named_modules())
         for module in self.modules.values():  # the proof is run in training mode too
-            if isinstance(module, nn.modules.dropout._DropoutNd):
+            if isinstance(module, DROPOUTS):
                 module.p = 0.0
         try:
             self.calls = self.record()

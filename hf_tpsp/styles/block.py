@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -29,6 +28,7 @@ from ..forward import randomness
 from ..forward.outputs import LazyWhole, whole_heads
 from ..loss.logits import LazyLogits
 from ..structure import is_norm
+from ..upstream import autograd
 from . import recompute
 from .base import Style
 from .recompute import Region, regather
@@ -225,9 +225,7 @@ class Block(Style):
             if not torch.is_grad_enabled() or not stream.requires_grad:
                 written = written.detach()
             # A plain stream is the block's own memory: nothing is written now, and what autograd saved of it holds.
-            shared = (
-                contextlib.nullcontext() if isinstance(stream, DTensor) else _unsafe_preserve_version_counter(stream)
-            )
+            shared = contextlib.nullcontext() if isinstance(stream, DTensor) else autograd.keep_version(stream)
             with shared:
                 stream.copy_(written)
 

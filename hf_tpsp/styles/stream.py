@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..collectives import OneShare, from_local, slice_sequence, to_local
+from ..collectives import OneShare, from_local, own_range, slice_sequence, to_local
 from ..config import TPSPConfig
 from ..vocabulary import require_inside
 from . import recompute
@@ -38,9 +37,8 @@ class Embedding(Style):
     def install(self, module, gradients):
         if module.max_norm is not None:
             raise ValueError("An embedding with max_norm rescales rows in forward and cannot be vocabulary-sharded.")
-        weight = module.weight
-        (rows, _), (start, _) = compute_local_shape_and_global_offset(weight.shape, gradients.mesh, [Shard(0)])
-        module._tpsp_rows = (start, rows)
+        mesh = gradients.mesh
+        module._tpsp_rows = own_range(len(module.weight), mesh.get_local_rank(), mesh.size())
         super().install(module, gradients)
 
     def run(self, module, inner, gradients, args, kwargs):

@@ -24,7 +24,8 @@ def _worker(rank: int, world_size: int, port: int, pipe) -> None:
     import torch
     import transformers
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
+
+    from ..upstream.accelerate import forget_state
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -33,7 +34,7 @@ def _worker(rank: int, world_size: int, port: int, pipe) -> None:
         function, args, kwargs = task
         os.environ.clear()
         os.environ.update(pristine)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_state()
         PartialState(cpu=True)  # accelerate starts the process group, as it does in a script
         torch.manual_seed(0)
         try:
