@@ -29,13 +29,13 @@ def spec_of(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Si
     return DTensorSpec(mesh, placements, TensorMeta(shape, stride, dtype))
 
 
-# A packed weight (gate and up in one) is dealt to the TP ranks in strides: each has a piece of every part. torch 2.13 (tensor/_api.py)
-# takes what a rank has for one piece, so that the ranks' pieces overlap and `torch.distributed.checkpoint` refuses to save them.
-# Delete the four functions below when it writes each piece by itself.
-
-
 def _pieces(tensor: DTensor) -> list[tuple[ChunkStorageMetadata, int, int, int]] | None:
-    """Of a tensor that is dealt in strides: each piece, and where it is in the local tensor (dimension, start, length)."""
+    """Of a tensor that is dealt in strides: each piece, and where it is in the local tensor (dimension, start, length).
+
+    A packed weight (gate and up in one) is dealt to the TP ranks in strides: each has a piece of every part. torch 2.13
+    (tensor/_api.py) takes what a rank has for one piece, so that the ranks' pieces overlap and `torch.distributed.checkpoint`
+    refuses to save them. Delete with the three patches below when it writes each piece by itself.
+    """
     strided = [(i, p) for i, p in enumerate(tensor.placements) if isinstance(p, StridedShard)]
     if len(strided) != 1:
         return None

@@ -8,18 +8,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+_INHERITED = object()
+
+
 def swap(*patches: tuple[object, str, Callable]) -> Callable[[], None]:
     """For each `(owner, name, make)`, put `make(original)` in the place of `owner.name`. Returns the function that puts
-    the originals back."""
+    the originals back; what `owner` has of a base class it has of that again."""
     originals = []
     for owner, name, make in patches:
-        original = vars(owner)[name]
-        setattr(owner, name, make(original))
-        originals.append((owner, name, original))
+        own = vars(owner).get(name, _INHERITED)
+        setattr(owner, name, make(getattr(owner, name) if own is _INHERITED else own))
+        originals.append((owner, name, own))
 
     def restore() -> None:
-        for owner, name, original in reversed(originals):
-            setattr(owner, name, original)
+        for owner, name, own in reversed(originals):
+            if own is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
 
     return restore
 
