@@ -9,8 +9,10 @@ from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..launch import environment
-from ..upstream import accelerate, install
+from ..upstream import accelerate, install, versions
 from ..upstream.patching import set_environment
+
+logger = logging.get_logger(__name__)
 
 _current: Enabled | None = None
 
@@ -54,11 +56,14 @@ class Enabled:
 def start(config: TPSPConfig) -> Enabled:
     """Tell accelerate of the mesh, and put the workarounds for the libraries in place."""
     global _current
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main and (sentence := versions.untested()):
+        logger.warning_once(sentence)
     handle = Enabled(config)
     handle.once(accelerate.use_cpu_if_alone)
     handle.once(lambda: set_environment(environment(config)))
     handle.once(install.install)
-    if int(os.environ.get("RANK", "0")) > 0 and logging.is_progress_bar_enabled():
+    if not is_main and logging.is_progress_bar_enabled():
         handle.once(_quiet_progress)  # one bar while loading, not one of each rank
     _current = handle
     return handle

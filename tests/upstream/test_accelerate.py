@@ -10,7 +10,6 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,13 +27,13 @@ def test_the_launcher_of_fsdp_drops_use_cpu(monkeypatch):
         ["--use_fsdp", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
          "--main_process_port=0", "script.py"]
     )  # fmt: skip
-    assert args.use_cpu or args.cpu
+    assert args.cpu
     assert "ACCELERATE_USE_CPU" not in prepare_multi_gpu_env(args)
 
 
 def distributed_type() -> str:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
-    return AcceleratorState(cpu=True).distributed_type.value
+    return Accelerator(cpu=True).distributed_type.value
 
 
 @still_needed("accelerate._patch_accelerator_state")
@@ -93,7 +92,9 @@ def test_a_model_that_is_sharded_cannot_be_prepared():
     with world(2):
         model = nn.Linear(4, 4, bias=False)
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp_shard", "tp"))
-        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh["tp"], [Shard(0)], src_data_rank=None))
+        model.weight = nn.Parameter(
+            distribute_tensor(model.weight.detach(), mesh["tp"], [Shard(0)], src_data_rank=None)
+        )
         accelerator = SimpleNamespace(
             is_fsdp2=True, torch_device_mesh=mesh,
             _get_named_parameters=lambda *args, drop_refs: dict(model.named_parameters()),

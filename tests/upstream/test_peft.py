@@ -7,7 +7,6 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -35,15 +34,14 @@ def test_features_are_those_of_a_ranks_part():
 
 
 @still_needed("peft._patch_save_pretrained")
-def test_an_adapter_is_saved_as_one_ranks_part(tmp_path):
+def test_adapters_that_are_dtensors_are_not_saved(tmp_path):
     with world(2):
         model = get_peft_model(models.build("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
         for name, module in model.named_modules():
             if name.endswith("lora_B.default"):
                 shard(module, (2,))
-        model.save_pretrained(str(tmp_path))
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert {tensor.shape for name, tensor in saved.items() if "lora_B" in name} == {(16, 4)}
+        with pytest.raises(RuntimeError, match="storage"):
+            model.save_pretrained(str(tmp_path))
 
 
 @still_needed("peft._patch_update")
@@ -64,7 +62,7 @@ def test_norms_of_a_sharded_weight_are_mixed_with_plain_tensors():
         base = nn.Linear(8, 16, bias=False)
         shard(base, (2,))
         layer = DoraLinearLayer(fan_in_fan_out=False)
-        with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+        with pytest.raises(RuntimeError, match="mixed"):
             layer.update_layer(base_layer=base, lora_A=torch.ones(2, 8), lora_B=torch.ones(16, 2), scaling=1.0)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode, _clear_sharding_prop_cache
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.distributed.tensor.parallel.loss import _disable_custom_loss_ops
@@ -82,7 +82,9 @@ def test_gathering_fsdp2s_own_layout_warns(caplog):
     with world(4):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
         layer = nn.Linear(4, 12, bias=False)
-        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh["tp"], [Shard(0)], src_data_rank=None))
+        layer.weight = nn.Parameter(
+            distribute_tensor(layer.weight.detach(), mesh["tp"], [Shard(0)], src_data_rank=None)
+        )
         fully_shard(layer, mesh=mesh["dp_shard"])
         assert isinstance(layer.weight.placements[0], _StridedShard)
         logger = logging.getLogger("torch.distributed.tensor._redistribute")
