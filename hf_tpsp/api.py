@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from .config import TPSPConfig
 from .integrations import loading, registry, session
 from .integrations.callback import TPSPCallback, install
-from .launch import use_cpu_if_alone
 from .state import is_parallelized
 
 
@@ -30,7 +29,6 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
     Raises:
         ValueError: the mesh does not have as many ranks as were started, or it was enabled with another config already.
     """
-    use_cpu_if_alone()
     config = config or TPSPConfig.from_accelerate()
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     if (running := session.current()) is not None:

@@ -17,20 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
+
+from .upstream import c10d
+from .upstream.dtensor import DTensorSpec, StridedShard, spec_of
 
 SEQUENCE = Shard(1)
 
 
-_ops = torch.ops._c10d_functional
+_ops = c10d.functional
 
 
 @functools.lru_cache(maxsize=256)
 def stream_spec(mesh: DeviceMesh, shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
     """The layout of a stream of global `shape` `[batch, seq, hidden]`."""
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensorSpec(mesh, (SEQUENCE,), TensorMeta(shape, stride, dtype))
+    return spec_of(mesh, (SEQUENCE,), shape, dtype)
 
 
 def all_gather_sequence(shard: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
@@ -52,16 +53,22 @@ def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
     if length < size * width:
         partial = _pad(partial, size * width - length)
     parts = partial.unflatten(1, (size, width)).transpose(0, 1).contiguous()  # no copy for a batch of 1
-    summed = reduce_scatter(parts.flatten(0, 1), mesh).view(batch, width, *partial.shape[2:])
+    summed = c10d.reduce_scatter(parts.flatten(0, 1), mesh.get_group()).view(batch, width, *partial.shape[2:])
     held = min(width, max(0, length - mesh.get_local_rank() * width))
     return summed if held == width else summed[:, :held].contiguous()
 
 
+def own_range(length: int, rank: int, size: int) -> tuple[int, int]:
+    """Start and length of the part that `rank` of `size` has when DTensor shards `length`: the last ranks' may be shorter, or
+    empty."""
+    width = shard_width(length, size)
+    start = min(length, rank * width)
+    return start, min(width, length - start)
+
+
 def chunk_of(full: Tensor, dim: int, rank: int, size: int) -> Tensor:
-    """The part of `full` that `rank` of `size` has when DTensor shards it on `dim`: the last ranks' may be shorter, or empty."""
-    width = -(-full.shape[dim] // size)
-    start = min(full.shape[dim], rank * width)
-    return full.narrow(dim, start, min(width, full.shape[dim] - start))
+    """The part of `full` that `rank` of `size` has when DTensor shards it on `dim`."""
+    return full.narrow(dim, *own_range(full.shape[dim], rank, size))
 
 
 def own_part(full: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -83,17 +90,6 @@ def shard_width(length: int, size: int) -> int:
 def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of the ranks' `x`, in a new tensor, which a model may write into."""
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", mesh.get_group().group_name))
-
-
-def reduce_scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """`[size * n, …]` → the sum over the ranks of this rank's `[n, …]`."""
-    size, group = mesh.size(), mesh.get_group()
-    if dist.get_backend(group) == "gloo":
-        # torch 2.13's gloo reduce-scatters by an all-reduce of everything, twice the bytes. Delete when it does not.
-        split = [x.shape[0] // size] * size
-        received = _ops.wait_tensor(_ops.all_to_all_single(x, split, split, group.group_name))
-        return received.unflatten(0, (size, -1)).sum(0)
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x, "sum", size, group.group_name))
 
 
 def _pad(x: Tensor, positions: int) -> Tensor:
@@ -269,7 +265,7 @@ def local_slice(full: Tensor, placement: Placement, rank: int, size: int) -> Ten
     """What `distribute_tensor` would leave of `full` on `rank` of a mesh dim of `size`."""
     if isinstance(placement, Replicate):
         return full
-    parts = full.chunk(placement.split_factor, placement.dim) if isinstance(placement, _StridedShard) else [full]
+    parts = full.chunk(placement.split_factor, placement.dim) if isinstance(placement, StridedShard) else [full]
     return torch.cat([chunk_of(part, placement.dim, rank, size) for part in parts], placement.dim)
 
 

@@ -78,18 +78,6 @@ def accelerate_config(config: TPSPConfig, hosts: int = 1, cpu: bool = False) -> 
     }
 
 
-def use_cpu_if_alone() -> None:
-    """Have accelerate run the ranks on the CPU if there is nothing else: its FSDP launcher drops `use_cpu`.
-
-    accelerate 1.15 (utils/launch.py, `prepare_multi_gpu_env`) does not export ACCELERATE_USE_CPU, and without it the
-    ranks of a machine without accelerators silently become single processes. Delete when it does.
-    """
-    import torch  # `hf-tpsp config` does without
-
-    if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-
-
 def environment(config: TPSPConfig) -> dict[str, str]:
     """The variables by which accelerate learns of this mesh: what a preset would have exported.
 

@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -34,7 +33,8 @@ from .structure import decoder_layers, owners_of_layers
 from .styles.apply import apply_plan, check_sharded, share_router_logits
 from .styles.base import TensorParallel
 from .styles.recompute import selective_contexts
-from .upstream import dtensor, fsdp2, transformers
+from .upstream import c10d, dtensor, fsdp2, transformers
+from .upstream.patching import WhileUsed
 from .witness.witness import Witness
 
 logger = logging.get_logger(__name__)
@@ -42,9 +42,7 @@ logger = logging.get_logger(__name__)
 
 def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     """Shard a plain `model` over the mesh of `config`, in place: the steps in their order. See `api.parallelize`."""
-    dtensor.quiet_redistribute()
     mesh = build_mesh(config)
-    dtensor.average_whole_parameters(mesh)
     if config.async_tp and mesh.device_type != "cuda":
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
     options.check_options(model)
@@ -78,6 +76,9 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         if module._parameters:
             module.register_load_state_dict_pre_hook(cut_whole_tensors)
 
+    dtensor.QUIET_REDISTRIBUTE.keep_for(model)
+    dtensor.AVERAGE_WHOLE_PARAMETERS.keep_for(model)
+    dtensor.average_on(mesh)
     # Placed on the instance, so a model that is not ours is never touched.
     model._tpsp = Parallelized(config, mesh, plan, tp)
     model._tp_plan = plan
@@ -114,7 +115,7 @@ def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) ->
 
     def placement(param: nn.Parameter) -> Shard | None:
         # A packed weight may be strided over TP on its first dimension; FSDP takes the other one then.
-        return Shard(1) if any(isinstance(p, _StridedShard) and p.dim == 0 for p in param.placements) else None
+        return Shard(1) if any(isinstance(p, dtensor.StridedShard) and p.dim == 0 for p in param.placements) else None
 
     layers = decoder_layers(model)
     for index, layer in enumerate(layers):
@@ -133,12 +134,8 @@ def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) ->
 
 def _compile(model: PreTrainedModel, tp_mesh: DeviceMesh, config: TPSPConfig) -> None:
     """Compile each decoder layer, with FSDP2's hooks around it. Nothing is compiled before the first forward."""
-    if config.async_tp:  # untested on a GPU
-        import torch._inductor.config as inductor
-        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-        enable_symm_mem_for_group(tp_mesh.get_group().group_name)
-        inductor._micro_pipeline_tp = True
+    if config.async_tp:
+        WhileUsed(lambda: c10d.pipeline_products(tp_mesh.get_group())).keep_for(model)
     for layer in decoder_layers(model):
         layer.compile()
 

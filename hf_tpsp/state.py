@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .config import TPSPConfig, environment_flag
+from .upstream import c10d
 
 if TYPE_CHECKING:
     from .styles.base import Style, TensorParallel
@@ -63,7 +64,7 @@ def build_mesh(config: TPSPConfig) -> DeviceMesh:
     meshes = _meshes.setdefault(dist.group.WORLD, {})
     if sizes not in meshes:
         mesh = meshes[sizes] = init_device_mesh(state.device.type, sizes, mesh_dim_names=MESH_DIMS)
-        mesh["dp_shard", "tp"]._flatten()  # so that DTensor reduces a gradient norm in one collective
+        c10d.flatten(mesh["dp_shard", "tp"])
     return meshes[sizes]
 
 

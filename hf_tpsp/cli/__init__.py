@@ -1,4 +1,4 @@
-"""`hf-tpsp`: make an accelerate config, print a model's plan, compare an architecture with one process, estimate a run.
+"""`hf-tpsp`: make an accelerate config, print a plan, compare with one process, estimate a run, say what is installed.
 
 A file for each command: `add` says what it takes, `run` does it. What a command alone needs it imports in `run`, so that
 `--help` and `config` need neither torch nor transformers.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 
-from . import config, estimate, plan, verify
+from . import config, env, estimate, plan, verify
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="hf-tpsp", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (config, plan, verify, estimate):
+    for command in (config, plan, verify, estimate, env):
         command.add(commands)
     args = parser.parse_args(argv)
     try:

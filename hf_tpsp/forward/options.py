@@ -44,7 +44,7 @@ def check_dtypes(model: nn.Module) -> None:
     prefixes = {module: prefix for prefix, module in model.named_modules()}
     for group in fsdp2.fsdp_groups(model):
         # As the modules have them: a loader has put them there, and FSDP2 looks again at its first forward.
-        places = [(r._module_info.module, r._module_info.param_name) for r in group.fsdp_params]
+        places = map(fsdp2.place_of, group.fsdp_params)
         named = {f"{prefixes[module]}.{name}".lstrip("."): module._parameters[name] for module, name in places}
         trained = {name: p.dtype for name, p in named.items() if p.requires_grad}
         if len(count := Counter(trained.values())) > 1:

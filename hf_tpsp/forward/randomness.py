@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.tensor._random as tensor_random
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,16 +30,15 @@ from transformers.utils import logging
 
 from ..fingerprint import fingerprint
 from ..state import style_of
+from ..structure import DROPOUTS
+from ..upstream import dtensor
+from ..upstream.fake import is_simulated
+from ..upstream.patching import WhileUsed
 
 logger = logging.get_logger(__name__)
 
 
 _DRAWING_NAMES = ("drop", "jitter", "noise")
-
-
-def is_faked() -> bool:
-    """Whether a world is simulated here: its generators have no values."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 # Module → where the rates of what is inside it stand: the attributes of a part, or of a part's config, and a name there.
@@ -65,14 +63,14 @@ def _rates_inside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
         own = vars(part)
         for owner in (own, vars(own["config"])) if hasattr(own.get("config"), "__dict__") else (own,):
             yield from ((owner, name) for name in owner if any(word in name for word in _DRAWING_NAMES))
-        if isinstance(part, nn.modules.dropout._DropoutNd):
+        if isinstance(part, DROPOUTS):
             yield own, "p"
 
 
 @contextlib.contextmanager
 def own_stream(rank: int, device: torch.device) -> Iterator[None]:
     """While inside, `device`'s default generator draws numbers of `rank`'s own. The common stream goes on by one number."""
-    if torch.compiler.is_compiling() or is_faked():
+    if torch.compiler.is_compiling() or is_simulated():
         yield
         return
     if device.type == "cpu":
@@ -92,27 +90,8 @@ def own_stream(rank: int, device: torch.device) -> Iterator[None]:
         generator.set_state(state)
 
 
-class Tracker(tensor_random._RNGStateTracker):
-    """DTensor's random operations on the CPU: a shard's numbers are its rank's own, a replica's are common.
-
-    torch 2.13 (tensor/_random.py) has a tracker for accelerators only; on the CPU each rank draws the same numbers for
-    another part, and as many as its part has. Delete when `is_rng_supported_mesh` holds for a CPU mesh.
-    """
-
-    def __init__(self):
-        self.distribute_region_enabled = True
-
-    @contextlib.contextmanager
-    def _distribute_region(self, spec, generator=None):
-        sharded = [dim for dim, placement in enumerate(spec.placements) if not placement.is_replicate()]
-        if generator is not None or not sharded:
-            yield
-            return
-        rank = 0
-        for dim in sharded:
-            rank = rank * spec.mesh.size(dim) + spec.mesh.get_local_rank(dim)
-        with own_stream(rank, torch.device("cpu")):
-            yield
+# On the CPU, which torch's own tracker does not know.
+_DRAW_BY_SHARD = WhileUsed(lambda: dtensor.draw_by_shard(own_stream))
 
 
 _DRAWS = {
@@ -196,7 +175,7 @@ def _own_widths(module: nn.Module, size: int) -> frozenset[int]:
 
 def agree(mesh: DeviceMesh) -> None:
     """Give all ranks of a TP group their first rank's state of the default generators. One broadcast."""
-    if mesh.size() == 1 or is_faked():
+    if mesh.size() == 1 or is_simulated():
         return
     group = mesh.get_group()
     states = [torch.get_rng_state()]
@@ -220,7 +199,7 @@ def agree(mesh: DeviceMesh) -> None:
 
 def digest(device: torch.device) -> Tensor:
     """An int64 on `device` that tells states of the default generators apart."""
-    if is_faked():
+    if is_simulated():
         return torch.zeros((), dtype=torch.int64, device=device)
     found = fingerprint(torch.get_rng_state()).to(device)
     if device.type == "cuda":  # counter-based: seed and offset are read without waiting for the device
@@ -232,8 +211,8 @@ def digest(device: torch.device) -> Tensor:
 def install(model: nn.Module, mesh: DeviceMesh) -> None:
     """Have the ranks of a TP group draw alike what they hold alike: in training, in `generate`, from the first forward on. A script
     may seed them apart between any two steps: the batch check finds that out (`batch_check.py`)."""
-    if mesh.device_type == "cpu" and not isinstance(tensor_random._rng_tracker, Tracker):
-        tensor_random._rng_tracker = Tracker()
+    if mesh.device_type == "cpu":
+        _DRAW_BY_SHARD.keep_for(model)
     forward, agreed = model.forward, False
 
     @functools.wraps(forward)  # the Trainer reads its signature

@@ -7,16 +7,10 @@ whole model.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import torch
-import torch.distributed as dist
 from accelerate import PartialState
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.mixin import DistributedMixin
@@ -25,8 +19,8 @@ from transformers.utils import logging
 from ..config import TPSPConfig
 from ..forward.options import REPLACES_LAYERS
 from ..sharding import shard
-from ..state import build_mesh, is_parallelized
-from ..upstream import patching
+from ..state import build_mesh
+from ..upstream import patching, transformers
 
 logger = logging.get_logger(__name__)
 
@@ -68,43 +62,6 @@ def check_not_quantized(config: PreTrainedConfig | None) -> None:
             "This checkpoint is quantized. hf_tpsp cannot shard quantized weights, so QLoRA is not supported; use LoRA on the "
             "checkpoint in bf16, whose weights are split over all ranks."
         )
-
-
-@contextlib.contextmanager
-def whole_missing_parameters(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, the parameters that a checkpoint lacks are plain and whole on every rank, to be initialised as by one
-    process; each rank then keeps its part. All ranks draw rank 0's numbers; ranks that were seeded apart stay so.
-
-    Initialised as DTensors, every rank's part would get the same numbers: half of a vocabulary would copy the other.
-    """
-    missing = [
-        (module, name, param)
-        for module in model.modules()
-        for name, param in module._parameters.items()
-        if isinstance(param, DTensor) and not getattr(param, "_is_hf_initialized", False)
-    ]
-    wholes: dict[int, nn.Parameter] = {}  # by parameter: tied ones stay one
-    for module, name, param in missing:
-        if id(param) not in wholes:
-            whole = torch.empty(param.shape, dtype=param.dtype, device=param._local_tensor.device)
-            wholes[id(param)] = nn.Parameter(whole, requires_grad=param.requires_grad)
-        module._parameters[name] = wholes[id(param)]
-    before = torch.get_rng_state()
-    common = before.to(PartialState().device)
-    dist.broadcast(common, src=0)
-    common = common.cpu()
-    torch.set_rng_state(common)
-    try:
-        yield
-    finally:
-        if not torch.equal(common, before):
-            torch.set_rng_state(before)
-        for module, name, param in missing:
-            module._parameters[name] = param
-            cut = distribute_tensor(wholes[id(param)].detach(), param.device_mesh, param.placements, src_data_rank=None)
-            with torch.no_grad():
-                param._local_tensor.copy_(cut._local_tensor)
-            param._is_hf_initialized = True
 
 
 def install(config: TPSPConfig) -> Callable[[], None]:
@@ -163,16 +120,8 @@ def install(config: TPSPConfig) -> Callable[[], None]:
 
         return classmethod(maybe_distribute_model)
 
-    def hook_initialize(original):
-        @functools.wraps(original)
-        def _initialize_missing_keys(self, is_quantized):
-            with whole_missing_parameters(self) if is_parallelized(self) else contextlib.nullcontext():
-                return original(self, is_quantized)
-
-        return _initialize_missing_keys
-
     return patching.swap(
-        (PreTrainedModel, "_initialize_missing_keys", hook_initialize),
+        *transformers.LOADING_PATCHES,
         (AutoModelForCausalLM, "from_pretrained", hook_auto),
         (PreTrainedModel, "from_pretrained", hook_load),
         (DistributedMixin, "prepare_distribute_model", hook_prepare),

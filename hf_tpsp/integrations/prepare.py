@@ -7,14 +7,12 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.scheduler import AcceleratedScheduler
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..sharding import set_mixed_precision
 from ..state import is_parallelized
+from ..upstream.accelerate import prepare_beside_sharded
 from ..upstream.patching import swap
 from . import loading, registry, session
 from .trainer import check_accelerator, check_parameters
@@ -26,10 +24,7 @@ def install() -> Callable[[], None]:
 
 
 def _patch_prepare(original):
-    """accelerate 1.15 (accelerator.py, `_prepare_tp` and `_prepare_fsdp2`) cannot take a model that is sharded already:
-    it imports a class that transformers 5.23 does not have, matches parameters by data pointer (empty shards collide),
-    and wants an optimizer beside every model (so `evaluate()` before `train()` raises). Nothing is left to shard: the
-    model is noted and the rest prepared as always. Delete when `prepare` leaves sharded models alone."""
+    """`Accelerator.prepare`, which is given models that are sharded, and whole ones to shard."""
 
     @functools.wraps(original)
     def prepare(self, *args, device_placement=None):
@@ -45,19 +40,8 @@ def _patch_prepare(original):
                 )
             if self.mixed_precision == "bf16":  # a loop of one's own; a Trainer has done it
                 set_mixed_precision(model)
-            if not any(model is known for known in self._models):
-                self._models.append(model)
         _follow_parameters(args, replaced)
-        result = args
-        for first_pass in (True, False):  # schedulers come second: they need the prepared optimizers
-            result = tuple(
-                arg if ours else self._prepare_one(arg, first_pass=first_pass)
-                for arg, ours in zip(result, sharded, strict=True)
-            )
-        for item in result:
-            if isinstance(item, (nn.Module, AcceleratedOptimizer, AcceleratedScheduler, DataLoader)):
-                item._is_accelerate_prepared = True
-        return result if len(result) > 1 else result[0]
+        return prepare_beside_sharded(self, args, sharded)
 
     return prepare
 

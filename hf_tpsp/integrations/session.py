@@ -8,9 +8,12 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .. import upstream
 from ..config import TPSPConfig
 from ..launch import environment
+from ..upstream import accelerate, install, versions
+from ..upstream.patching import set_environment
+
+logger = logging.get_logger(__name__)
 
 _current: Enabled | None = None
 
@@ -35,7 +38,8 @@ class Enabled:
             self._undo.append(install())
 
     def disable(self) -> None:
-        """Leave transformers and accelerate as they were. Models that are sharded stay so."""
+        """Leave the libraries and the environment as they were. Models that are sharded stay so, and what they need of torch stays
+        until the last of them is gone."""
         global _current
         while self._undo:
             self._undo.pop()()
@@ -53,10 +57,14 @@ class Enabled:
 def start(config: TPSPConfig) -> Enabled:
     """Tell accelerate of the mesh, and put the workarounds for the libraries in place."""
     global _current
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main and (sentence := versions.untested()):
+        logger.warning_once(sentence)
     handle = Enabled(config)
-    handle.once(lambda: _set_environment(environment(config)))
-    handle.once(upstream.install)
-    if int(os.environ.get("RANK", "0")) > 0 and logging.is_progress_bar_enabled():
+    handle.once(accelerate.use_cpu_if_alone)
+    handle.once(lambda: set_environment(environment(config)))
+    handle.once(install.install)
+    if not is_main and logging.is_progress_bar_enabled():
         handle.once(_quiet_progress)  # one bar while loading, not one of each rank
     _current = handle
     return handle
@@ -65,17 +73,3 @@ def start(config: TPSPConfig) -> Enabled:
 def _quiet_progress() -> Callable[[], None]:
     logging.disable_progress_bar()
     return logging.enable_progress_bar
-
-
-def _set_environment(values: dict[str, str]) -> Callable[[], None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-
-    def restore() -> None:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-    return restore

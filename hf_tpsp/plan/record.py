@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..structure import first_tensor
+from ..structure import DROPOUTS, first_tensor
 from .shrink import shrunk_like
 
 # The batch that the copy is run on. TOKENS is no size that a copy has, so a tensor `[BATCH, TOKENS, …]` is one along the sequence.
@@ -143,7 +143,7 @@ class SmallCopy:
             self.model = shrunk_like(model, every_layer).eval()
         self.modules = dict(self.model.named_modules())
         for module in self.modules.values():  # The proof is run in training mode too.
-            if isinstance(module, nn.modules.dropout._DropoutNd):
+            if isinstance(module, DROPOUTS):
                 module.p = 0.0
         try:
             self.record()

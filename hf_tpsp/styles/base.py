@@ -29,11 +29,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
 from ..collectives import ReduceFromRegion, local_slice, scatter_sequence, to_local
 from ..config import TPSPConfig
 from ..state import style_of
+from ..upstream.dtensor import StridedShard
 from .gradients import ReplicatedGradients
 
 
@@ -119,7 +120,7 @@ class Style:
         kind, _, arguments = rule.partition(":")
         dim, *parts = (int(n) for n in arguments.split(","))
         dim %= param.dim()
-        return Shard(dim) if kind == "split" else _StridedShard(dim, split_factor=parts[0])
+        return Shard(dim) if kind == "split" else StridedShard(dim, split_factor=parts[0])
 
     def is_partial(self, name: str) -> bool:
         """Whether the ranks' gradients of the replicated parameter `name` are terms of a sum (DTensor's `Partial`)."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -30,6 +29,7 @@ from ..forward.outputs import LazyWhole, whole_heads
 from ..loss.logits import LazyLogits
 from ..state import style_of
 from ..structure import is_norm
+from ..upstream import autograd
 from . import recompute
 from .base import Style, TensorParallel, parts_read_by
 from .recompute import RecomputeScope, current_scope, regather
@@ -235,9 +235,7 @@ class Block(Style):
             if not torch.is_grad_enabled() or not stream.requires_grad:
                 written = written.detach()
             # A plain stream is the block's own memory: nothing is written now, and what autograd saved of it holds.
-            shared = (
-                contextlib.nullcontext() if isinstance(stream, DTensor) else _unsafe_preserve_version_counter(stream)
-            )
+            shared = contextlib.nullcontext() if isinstance(stream, DTensor) else autograd.keep_version(stream)
             with shared:
                 stream.copy_(written)
 

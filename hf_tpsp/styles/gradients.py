@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -121,11 +120,10 @@ class ReplicatedGradients:
             if id(param) not in own and param.requires_grad:
                 # FSDP writes what it has reduced into `.grad`; what autograd brings came from the script's own use of `param`.
                 self._handles.append(param.register_hook(lambda grad: grad / self.mesh.size()))
-            if hooks := param._post_accumulate_grad_hooks:
+            if hooks := autograd.take_accumulate_hooks(param):
                 self._hooks.append((param, hooks))
-                param._post_accumulate_grad_hooks = OrderedDict()  # None would leave autograd those that it has
         # FSDP's own final callback was queued when the loss's gradient arrived, so it runs before this one.
-        torch.autograd.Variable._execution_engine.queue_callback(callback)
+        autograd.at_end_of_backward(callback)
 
     def _managed(self) -> list[nn.Parameter]:
         """The parameters that FSDP manages, as the optimizer knows them."""
@@ -161,13 +159,13 @@ class ReplicatedGradients:
         for handle in self._handles:
             handle.remove()
         for param, hooks in self._hooks:
-            param._post_accumulate_grad_hooks = hooks
+            autograd.give_accumulate_hooks(param, hooks)
         self._set_aside, self._handles, self._hooks, self._terms = [], [], [], {}
 
 
 def check_hooks(parameters: list[nn.Parameter]) -> None:
     """Raise `ValueError` if a script has registered hooks that would see a rank's term of a gradient, or nothing at all."""
-    if any(p._backward_hooks for p in parameters):
+    if any(map(autograd.has_hooks, parameters)):
         raise ValueError(
             "A hook was registered on a parameter of a sharded model (register_hook). FSDP reduces gradients outside of autograd, so "
             "it would be given none, or one rank's term. Use register_post_accumulate_grad_hook, which is called once the whole "

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
 from ..collectives import CopyToRegion, chunk_of, local_slice, own_features, sharded_features
 from ..config import TPSPConfig
 from ..structure import features, is_transposed
+from ..upstream.dtensor import StridedShard
 from . import recompute
 from .base import Style, TensorParallel
 
@@ -63,7 +64,7 @@ class PackedColwise(Colwise):
     def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         if name == "bias":
             return Replicate()
-        return _StridedShard(super().placement(module, name, param).dim, split_factor=len(self.parts))
+        return StridedShard(super().placement(module, name, param).dim, split_factor=len(self.parts))
 
     def is_partial(self, name: str) -> bool:
         return name == "bias"

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
 
-from ..collectives import OneShare, from_local, slice_sequence, to_local
+from ..collectives import OneShare, from_local, own_range, slice_sequence, to_local
 from ..config import TPSPConfig
 from ..state import style_of
 from ..vocabulary import require_inside
@@ -41,9 +40,7 @@ class Embedding(Style):
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         if module.max_norm is not None:
             raise ValueError("An embedding with max_norm rescales rows in forward and cannot be vocabulary-sharded.")
-        weight = module.weight
-        (rows, _), (start, _) = compute_local_shape_and_global_offset(weight.shape, tp.mesh, [Shard(0)])
-        self.start, self.rows = start, rows
+        self.start, self.rows = own_range(len(module.weight), tp.rank, tp.size)
         super().install(module, tp)
 
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:

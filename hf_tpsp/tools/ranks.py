@@ -63,8 +63,9 @@ def _rank(rank: int, world_size: int, port: int, pipe) -> None:
     import torch
     import transformers
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
     from torch.distributed import device_mesh
+
+    from ..upstream.accelerate import forget_state
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -75,7 +76,7 @@ def _rank(rank: int, world_size: int, port: int, pipe) -> None:
         function, args, kwargs = task
         os.environ.clear()
         os.environ.update(pristine)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_state()
         PartialState(cpu=True)  # accelerate starts the process group, as it does in a script
         torch.manual_seed(0)
         try:

@@ -1,17 +1,8 @@
-"""Every workaround for a defect of a library we stand on, by library, each with the condition on which it can be deleted.
+"""Every workaround for a defect of a library we stand on, and every use of what a library keeps private that is not everywhere, by
+library, each with the condition on which it can be deleted. `tests/upstream/` shows for each that it is still needed.
 
-`tests/upstream/` shows for each that it is still needed. `install` puts the patches in place; what is not a patch, but a
-function that uses what is not public, is called where it is needed.
+    autograd, c10d, dtensor, fake, fsdp2    torch; they know nothing of hf_tpsp
+    accelerate, transformers, peft          the library of that name
+    patching                                how something is put in place, and taken back
+    install                                 what `enable()` puts in place; the rest is called where it is needed
 """
-
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from . import accelerate, dtensor, transformers
-from .patching import swap
-
-
-def install() -> Callable[[], None]:
-    """Put every patch in place. Returns the function that restores the originals."""
-    return swap(*dtensor.PATCHES, *accelerate.PATCHES, *transformers.PATCHES)

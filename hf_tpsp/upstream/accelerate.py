@@ -2,14 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+from collections.abc import Callable, Iterator
 
 import accelerate.state
-from accelerate import Accelerator, ParallelismConfig
+import torch
+from accelerate import Accelerator, ParallelismConfig, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, recursively_apply
+from torch import nn
+from torch.utils.data import DataLoader
 
 from ..config import environment_flag
+from .patching import set_environment
+
+
+def use_cpu_if_alone() -> Callable[[], None]:
+    """Have accelerate run the ranks on the CPU if there is nothing else: its FSDP launcher drops `use_cpu`. Returns what undoes it.
+
+    accelerate 1.15 (utils/launch.py, `prepare_multi_gpu_env`) does not export ACCELERATE_USE_CPU, and without it the
+    ranks of a machine without accelerators silently become single processes. Delete when it does.
+    """
+    alone = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    return set_environment({"ACCELERATE_USE_CPU": "true"} if alone else {})
+
+
+@contextlib.contextmanager
+def cpu_state_of_its_own() -> Iterator[None]:
+    """While inside, accelerate's state is another one, on the CPU: it will find the process group that is there then.
+
+    accelerate 1.15 (state.py, `PartialState`) keeps one state for a process, and has no public way to set it aside.
+    """
+    before = dict(PartialState._shared_state)
+    PartialState._shared_state.clear()
+    restore = set_environment({"ACCELERATE_USE_CPU": "true"})
+    try:
+        yield
+    finally:
+        restore()
+        PartialState._shared_state.clear()
+        PartialState._shared_state.update(before)
+
+
+def forget_state() -> None:
+    """Have accelerate start anew, as in a new process. accelerate 1.15 has no public way to."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def prepare_beside_sharded(accelerator: Accelerator, args: tuple, is_sharded: list[bool]) -> object:
+    """`Accelerator.prepare` of `args`, of which the models that are sharded stay as they are.
+
+    accelerate 1.15 (accelerator.py, `_prepare_tp` and `_prepare_fsdp2`) cannot take a model that is sharded already:
+    it imports a class that transformers 5.23 does not have, matches parameters by data pointer (empty shards collide),
+    and wants an optimizer beside every model (so `evaluate()` before `train()` raises). Nothing is left to shard: the
+    model is noted and the rest prepared as always. Delete when `prepare` leaves sharded models alone.
+    """
+    for model in (arg for arg, ours in zip(args, is_sharded, strict=True) if ours):
+        if not any(model is known for known in accelerator._models):
+            accelerator._models.append(model)
+    result = args
+    for first_pass in (True, False):  # schedulers come second: they need the prepared optimizers
+        result = tuple(
+            arg if ours else accelerator._prepare_one(arg, first_pass=first_pass)
+            for arg, ours in zip(result, is_sharded, strict=True)
+        )
+    for item in result:
+        if isinstance(item, (nn.Module, AcceleratedOptimizer, AcceleratedScheduler, DataLoader)):
+            item._is_accelerate_prepared = True
+    return result if len(result) > 1 else result[0]
 
 
 def _patch_accelerator_state(original):

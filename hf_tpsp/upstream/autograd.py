@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+keep_version = (
+    _unsafe_preserve_version_counter  # a context in which a tensor is written to and autograd does not notice
+)
 
 
 def in_backward() -> bool:
@@ -44,3 +51,30 @@ def without_inference_mode() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
         yield
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Have the running backward call `callback` at its end, after those that were queued before.
+
+    torch 2.13 has no public way to queue one, though FSDP2 does. An operation on DTensors in one of them crashes (it would need
+    the engine that runs it): work on local tensors there.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def has_hooks(param: nn.Parameter) -> bool:
+    """Whether something was registered with `param.register_hook`. torch 2.13 has no public way to ask."""
+    return bool(param._backward_hooks)
+
+
+def take_accumulate_hooks(param: nn.Parameter) -> dict:
+    """What was registered with `register_post_accumulate_grad_hook`, which autograd no longer calls until it is
+    `give_accumulate_hooks` again. torch 2.13 has no public way to put hooks off."""
+    hooks = param._post_accumulate_grad_hooks or {}
+    if hooks:
+        param._post_accumulate_grad_hooks = OrderedDict()  # None would leave autograd those that it has
+    return hooks
+
+
+def give_accumulate_hooks(param: nn.Parameter, hooks: dict) -> None:
+    param._post_accumulate_grad_hooks = hooks

@@ -1,32 +1,42 @@
-"""DTensor (torch): its checkpoints, its warnings, its gradients of a whole parameter, its loss."""
+"""DTensor (torch): its checkpoints, its warnings, its gradients of a whole parameter, its loss, its random numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor._random as tensor_random
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parallel
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-from ..collectives import chunk_of
+from .patching import WhileUsed, swap
 
-# A packed weight (gate and up in one) is dealt to the TP ranks in strides: each has a piece of every part. torch 2.13 (tensor/_api.py)
-# takes what a rank has for one piece, so that the ranks' pieces overlap and `torch.distributed.checkpoint` refuses to save them.
-# Delete the four functions below when it writes each piece by itself.
+
+def spec_of(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
+    """The layout of a contiguous DTensor, by which one is made without `from_local`'s checks. torch 2.13 has no public form."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensorSpec(mesh, placements, TensorMeta(shape, stride, dtype))
 
 
 def _pieces(tensor: DTensor) -> list[tuple[ChunkStorageMetadata, int, int, int]] | None:
-    """Of a tensor that is dealt in strides: each piece, and where it is in the local tensor (dimension, start, length)."""
-    strided = [(i, p) for i, p in enumerate(tensor.placements) if isinstance(p, _StridedShard)]
+    """Of a tensor that is dealt in strides: each piece, and where it is in the local tensor (dimension, start, length).
+
+    A packed weight (gate and up in one) is dealt to the TP ranks in strides: each has a piece of every part. torch 2.13
+    (tensor/_api.py) takes what a rank has for one piece, so that the ranks' pieces overlap and `torch.distributed.checkpoint`
+    refuses to save them. Delete with the three patches below when it writes each piece by itself.
+    """
+    strided = [(i, p) for i, p in enumerate(tensor.placements) if isinstance(p, StridedShard)]
     if len(strided) != 1:
         return None
     at, placement = strided[0]
@@ -36,7 +46,7 @@ def _pieces(tensor: DTensor) -> list[tuple[ChunkStorageMetadata, int, int, int]]
     rank, size = tensor.device_mesh.get_local_rank(at), tensor.device_mesh.size(at)
     found, start = [], 0
     for part in torch.arange(tensor.shape[placement.dim]).chunk(placement.split_factor):
-        own = chunk_of(part, 0, rank, size)
+        own = (part.chunk(size) + (part[:0],) * size)[rank]
         if length := len(own):
             where = [torch.Size((*x[: placement.dim], n, *x[placement.dim + 1 :]))
                      for x, n in ((offsets, int(own[0])), (sizes, length))]  # fmt: skip
@@ -84,14 +94,13 @@ class _NotSequential(logging.Filter):
         return "sequential" not in record.getMessage()
 
 
-def quiet_redistribute() -> None:
+def _quiet_redistribute() -> Callable[[], None]:
     """torch 2.13 (tensor/_redistribute.py) warns on every rank that gathering a parameter which TP and FSDP shard on one
     dimension takes two collectives. That is FSDP2's own layout, and it is gathered at saves only. Delete when FSDP2's
     layout does not set the warning off."""
-    logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_QUIET)
-
-
-_QUIET = _NotSequential()
+    logger, quiet = logging.getLogger("torch.distributed.tensor._redistribute"), _NotSequential()
+    logger.addFilter(quiet)
+    return lambda: logger.removeFilter(quiet)
 
 
 class _WholeParameter(torch.autograd.Function):
@@ -101,7 +110,7 @@ class _WholeParameter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, param: DTensor) -> torch.Tensor:
         ctx.spec = param._spec
-        return _full_tensor(param.detach())
+        return param.detach().full_tensor()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -112,23 +121,24 @@ class _WholeParameter(torch.autograd.Function):
         return distribute_tensor(grad, mesh, ctx.spec.placements, src_data_rank=None)
 
 
-_full_tensor = DTensor.full_tensor
-
-
-def average_whole_parameters(mesh: DeviceMesh) -> None:
+def _patch_full_tensor(original):
     """torch 2.13 (tensor/_api.py, `full_tensor`) takes it that all ranks compute the same from a whole parameter, those of data
-    parallelism too: of a gradient, each would keep its own part of its own. Have trained parameters on `mesh`, and no other
-    tensors, average there. Delete when FSDP2's do."""
-    mesh._tpsp_averages = True  # also asked of the meshes that are cut out of it
+    parallelism too: of a gradient, each would keep its own part of its own. Have trained parameters on a mesh of hf_tpsp's
+    (`average_on`), and no other tensors, average there. Delete when FSDP2's do."""
 
-    @functools.wraps(_full_tensor)
+    @functools.wraps(original)
     def full_tensor(self, *, grad_placements=None):
         is_trained = self.is_leaf and self.requires_grad and torch.is_grad_enabled()
         if is_trained and grad_placements is None and hasattr(self.device_mesh._get_root_mesh(), "_tpsp_averages"):
             return _WholeParameter.apply(self)
-        return _full_tensor(self, grad_placements=grad_placements)
+        return original(self, grad_placements=grad_placements)
 
-    DTensor.full_tensor = full_tensor
+    return full_tensor
+
+
+def average_on(mesh: DeviceMesh) -> None:
+    """Have `full_tensor` of the trained parameters on `mesh`, and on those that are cut out of it, average their gradients."""
+    mesh._tpsp_averages = True
 
 
 @contextlib.contextmanager
@@ -147,6 +157,39 @@ def loss_parallel() -> Iterator[None]:
         yield
     finally:
         context.__exit__(None, None, None)
+
+
+class _DrawByShard(tensor_random._RNGStateTracker):
+    """DTensor's random operations on the CPU: a shard's numbers are its rank's own, a replica's are common.
+
+    torch 2.13 (tensor/_random.py) has a tracker for accelerators only; on the CPU each rank draws the same numbers for
+    another part, and as many as its part has. Delete when `is_rng_supported_mesh` holds for a CPU mesh.
+    """
+
+    def __init__(self, own_stream: Callable[[int, torch.device], contextlib.AbstractContextManager]):
+        self.distribute_region_enabled, self._own_stream = True, own_stream
+
+    @contextlib.contextmanager
+    def _distribute_region(self, spec, generator=None):
+        sharded = [dim for dim, placement in enumerate(spec.placements) if not placement.is_replicate()]
+        if generator is not None or not sharded:
+            yield
+            return
+        rank = 0
+        for dim in sharded:
+            rank = rank * spec.mesh.size(dim) + spec.mesh.get_local_rank(dim)
+        with self._own_stream(rank, torch.device("cpu")):
+            yield
+
+
+def draw_by_shard(own_stream: Callable[[int, torch.device], contextlib.AbstractContextManager]) -> Callable[[], None]:
+    """Have random operations on the CPU draw a shard's numbers inside `own_stream(number of the shard, device)`. Returns what
+    undoes it."""
+    return swap((tensor_random, "_rng_tracker", lambda original: _DrawByShard(own_stream)))
+
+
+QUIET_REDISTRIBUTE = WhileUsed(_quiet_redistribute)
+AVERAGE_WHOLE_PARAMETERS = WhileUsed(lambda: swap((DTensor, "full_tensor", _patch_full_tensor)))
 
 
 PATCHES = (

@@ -26,6 +26,11 @@ def fsdp_parameters(module: nn.Module) -> Iterator:
                     yield from group.fsdp_params
 
 
+def place_of(record) -> tuple[nn.Module, str]:
+    """The module that has the parameter of FSDP2's `record`, and its name there."""
+    return record._module_info.module, record._module_info.param_name
+
+
 def unsharded_numels(module: nn.Module) -> list[int]:
     """Elements of each parameter in `module` that FSDP2 manages, gathered: of this rank's TP shard."""
     return [record._orig_size.numel() for record in fsdp_parameters(module)]
@@ -37,8 +42,8 @@ _records: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref]] = weakref
 def index_sharded_parameters(model: nn.Module) -> None:
     """Note for each module where FSDP2 keeps the sharded form of its parameters, for `sharded_parameter`."""
     for record in fsdp_parameters(model):
-        info = record._module_info
-        _records.setdefault(info.module, {})[info.param_name] = weakref.ref(record)
+        module, name = place_of(record)
+        _records.setdefault(module, {})[name] = weakref.ref(record)
 
 
 def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
+from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations import neftune
 from transformers.trainer_utils import HubStrategy
 
@@ -123,6 +128,53 @@ def _patch_training_arguments(original):
     return __post_init__
 
 
+@contextlib.contextmanager
+def _whole_missing_parameters(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, the parameters that a checkpoint lacks are plain and whole on every rank, to be initialised as by one
+    process; each rank then keeps its part. All ranks draw rank 0's numbers; ranks that were seeded apart stay so.
+
+    transformers 5.23 (modeling_utils.py, `_initialize_missing_keys`) initialises them as DTensors, of which every rank's part gets
+    the same numbers: half of a vocabulary would copy the other. Delete when each part gets numbers of its own, alike on all meshes.
+    """
+    missing = [
+        (module, name, param)
+        for module in model.modules()
+        for name, param in module._parameters.items()
+        if isinstance(param, DTensor) and not getattr(param, "_is_hf_initialized", False)
+    ]
+    wholes: dict[int, nn.Parameter] = {}  # by parameter: tied ones stay one
+    for module, name, param in missing:
+        if id(param) not in wholes:
+            whole = torch.empty(param.shape, dtype=param.dtype, device=param._local_tensor.device)
+            wholes[id(param)] = nn.Parameter(whole, requires_grad=param.requires_grad)
+        module._parameters[name] = wholes[id(param)]
+    before = torch.get_rng_state()
+    common = before.to(PartialState().device)
+    dist.broadcast(common, src=0)
+    common = common.cpu()
+    torch.set_rng_state(common)
+    try:
+        yield
+    finally:
+        if not torch.equal(common, before):
+            torch.set_rng_state(before)
+        for module, name, param in missing:
+            module._parameters[name] = param
+            cut = distribute_tensor(wholes[id(param)].detach(), param.device_mesh, param.placements, src_data_rank=None)
+            with torch.no_grad():
+                param._local_tensor.copy_(cut._local_tensor)
+            param._is_hf_initialized = True
+
+
+def _patch_initialize(original):
+    @functools.wraps(original)
+    def _initialize_missing_keys(self, is_quantized):
+        with _whole_missing_parameters(self) if is_parallelized(self) else contextlib.nullcontext():
+            return original(self, is_quantized)
+
+    return _initialize_missing_keys
+
+
 def keep_name(model: nn.Module, name: str) -> None:
     """Have `model` go by its class's own name after FSDP2 has renamed the class.
 
@@ -159,6 +211,33 @@ def spare_grouped_mm(model: PreTrainedModel, tp_size: int) -> str | None:
     )
 
 
+def _without_scores(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Causal attention `[batch, heads, seq, head_dim]` without scores or a mask."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """While inside, `attn_implementation="fused"` is attention without scores or a mask.
+
+    transformers 5.23 (masking_utils.py, `_ignore_causal_mask_sdpa`) builds the mask, seq² large, when tensors are fake; with real
+    ones it leaves it out. It has no public way to take back what was registered. Delete when "sdpa" does without a mask there.
+    """
+    added = ((AttentionInterface, _without_scores), (AttentionMaskInterface, lambda *args, **kwargs: None))
+    before = [interface._global_mapping.get("fused") for interface, _ in added]
+    for interface, function in added:
+        interface.register("fused", function)
+    try:
+        yield
+    finally:
+        for (interface, _), earlier in zip(added, before, strict=True):
+            if earlier is None:
+                del interface._global_mapping["fused"]
+            else:
+                interface.register("fused", earlier)
+
+
 PATCHES = (
     (neftune, "neftune_post_forward_hook", _patch_neftune),
     (transformers.TrainingArguments, "__post_init__", _patch_training_arguments),
@@ -169,3 +248,5 @@ PATCHES = (
     (transformers.Trainer, "store_flos", _patch_store_flos),
     (transformers.Trainer, "_get_num_items_in_batch", _patch_num_items),
 )
+
+LOADING_PATCHES = ((PreTrainedModel, "_initialize_missing_keys", _patch_initialize),)

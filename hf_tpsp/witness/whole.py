@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +14,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from transformers import Cache
 
 from ..collectives import chunk_of, shard_width, sharded_features, slice_sequence
 from ..loss.cross_entropy import vocab_parallel_cross_entropy
+from ..structure import DROPOUTS
 from ..styles.head import Head
 from ..styles.stream import Embedding
+from ..upstream.fake import without_modes
+from ..upstream.modules import drop_hooks, without_hooks
+from ..upstream.peft import adapters_off
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference of a block from the whole block, by the dtype it computes in. An error of the layouts is of the
@@ -46,7 +48,7 @@ def skeleton(module: nn.Module) -> nn.Module:
     }
     whole = copy.deepcopy(module, memo)
     for part in whole.modules():
-        part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
+        drop_hooks(part)
         for name in _random_rates(part):
             setattr(part, name, 0.0)
     return whole
@@ -55,7 +57,7 @@ def skeleton(module: nn.Module) -> nn.Module:
 def _random_rates(part: nn.Module) -> list[str]:
     """The attributes of `part` that are rates of dropout."""
     names = [n for n, v in vars(part).items() if isinstance(v, float) and "drop" in n and v]
-    return [*names, "p"] if isinstance(part, nn.modules.dropout._DropoutNd) and part.p else names
+    return [*names, "p"] if isinstance(part, DROPOUTS) and part.p else names
 
 
 @contextlib.contextmanager
@@ -63,18 +65,13 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     """While inside, `module` has no dropout and its adapters are off; and what is computed is seen by no hook (transformers records
     routers' logits by them) and no dispatch mode, kept by no checkpointing of the caller's, and moves no generator."""
     before = [(part, name, getattr(part, name)) for part in module.modules() for name in _random_rates(part)]
-    # peft's layers, which run their base alone then. It has no public switch that leaves requires_grad alone.
-    before += [
-        (part, "_disable_adapters", False) for part in module.modules() if vars(part).get("_disable_adapters") is False
-    ]
-    hooks = [(part, part._forward_hooks, part._forward_pre_hooks) for part in module.modules()]
     try:
-        for part, name, value in before:
-            setattr(part, name, True if value is False else 0.0)
-        for part, *_ in hooks:
-            part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
+        for part, name, _ in before:
+            setattr(part, name, 0.0)
         with (
-            _disable_current_modes(),
+            adapters_off(module),
+            without_hooks(module),
+            without_modes(),
             saved_tensors_hooks(lambda x: x, lambda x: x),
             torch.random.fork_rng(),
             torch.enable_grad(),
@@ -83,8 +80,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     finally:
         for part, name, value in before:
             setattr(part, name, value)
-        for part, after, pre in hooks:
-            part._forward_hooks, part._forward_pre_hooks = after, pre
 
 
 def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs: dict, mesh) -> list:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -36,6 +35,8 @@ from ..styles.gradients import ReplicatedGradients
 from ..styles.head import Head
 from ..styles.registry import STYLES
 from ..styles.stream import Embedding, Norm
+from ..upstream.fake import is_fake
+from ..upstream.modules import without_compiled_code
 from .alike import (
     compare_setup,
     compare_state,
@@ -109,7 +110,7 @@ class Witness:
 
     def _is_simulated(self) -> bool:
         """A simulated world (`hf_tpsp.estimate`) has sizes, and no values to compare."""
-        return any(isinstance(getattr(p, "_local_tensor", p), FakeTensor) for p in self.model.parameters())
+        return any(is_fake(getattr(p, "_local_tensor", p)) for p in self.model.parameters())
 
     def _checked(self, inner, args: tuple, kwargs: dict) -> Any:
         compare_setup(self.config, self.plan, self.model, self.mesh)
@@ -129,7 +130,7 @@ class Witness:
     def _armed(self, errors: dict[str, list[Tensor]]) -> Iterator[None]:
         """While inside, each of the chosen modules is compared with its whole when it is called for the first time. Layers that
         are compiled run as they are written meanwhile: what is compared would be compiled with them."""
-        handles, compiled = [], []
+        handles = []
         modules = dict(self.model.named_modules())
 
         def hook(name: str):
@@ -145,17 +146,12 @@ class Witness:
         for name in self.wholes:
             if name in modules:
                 handles.append(modules[name].register_forward_pre_hook(hook(name), with_kwargs=True, prepend=True))
-        for module in modules.values():
-            if module._compiled_call_impl is not None:
-                compiled.append((module, module._compiled_call_impl))
-                module._compiled_call_impl = None
         try:
-            yield
+            with without_compiled_code(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for module, call in compiled:
-                module._compiled_call_impl = call
 
     def _judge_blocks(self, errors: dict[str, list[Tensor]]) -> None:
         """Raise `RuntimeError` on all ranks if on one of them a module and its whole differ."""
@@ -210,7 +206,7 @@ class Witness:
         shared = {n: p for n, p in parameters.items() if isinstance(p, DTensor) and is_replicated(p)}
         if not any(p.grad is not None for p in shared.values()):
             return not any(p.requires_grad for p in shared.values())
-        # On local tensors: an operation on DTensors inside the engine's last callback crashes torch 2.13.
+        # On local tensors: see `at_end_of_backward`.
         grads = [None if p.grad is None else p.grad._local_tensor for p in shared.values()]
         rows = torch.stack([outline(grad).to(self.mesh.device_type) for grad in grads])
         table = gather_over_world(rows)

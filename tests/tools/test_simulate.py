@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from hf_tpsp import TPSPConfig
 from hf_tpsp.loss import chunked
-from hf_tpsp.tools.estimate import simulate
+from hf_tpsp.tools.estimate import simulate, step
 from hf_tpsp.tools.estimate.depth import depths
 from hf_tpsp.tools.estimate.simulate import Job, simulate_step, simulated_world
 
@@ -50,7 +50,7 @@ def test_alike_chunks_are_run_once(monkeypatch):
     config, job = models.config("llama"), Job(seq=33, dtype="fp32")
     with simulated_world(2):
         few = simulate_step(config, TPSPConfig(tp_size=2), job)
-        monkeypatch.setattr(simulate, "_alike_chunks_once", lambda *counters: contextlib.nullcontext())
+        monkeypatch.setattr(step, "_alike_chunks_once", lambda *counters: contextlib.nullcontext())
         every = simulate_step(config, TPSPConfig(tp_size=2), job)
     assert every.traffic["tp", "all-gather"].count > 20
     same_step(few, every)

@@ -13,7 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper, transpose
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
 from ...collectives import all_reduce, own_features, to_local
 from ...config import TPSPConfig
@@ -24,6 +24,7 @@ from ...styles.block import Copy, Replica, Whole
 from ...styles.head import Head
 from ...styles.linear import Colwise, GatheredColwise, PackedColwise, Rowwise, SplitRowwise, WholeColwise
 from ...styles.stream import Embedding, Norm
+from ...upstream.dtensor import StridedShard
 
 
 class Adapter(Style):
@@ -107,7 +108,7 @@ def adapter_layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> li
     elif isinstance(style, GatheredColwise):
         a, b = same(is_sum=True), same(is_sum=True, rows=style.rows)
     elif isinstance(style, Colwise) and not isinstance(style, WholeColwise):
-        rows = _StridedShard(0, split_factor=len(style.parts)) if isinstance(style, PackedColwise) else Shard(0)
+        rows = StridedShard(0, split_factor=len(style.parts)) if isinstance(style, PackedColwise) else Shard(0)
         a, b = same(is_sum=True), Adapter(config, rows)
     else:
         a = b = same(is_sum=isinstance(style, Replica))

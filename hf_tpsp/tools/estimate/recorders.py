@@ -20,25 +20,15 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from ...upstream import c10d
+from ...upstream.fake import FakeTensor, address, flop_formulas, packet_of, storage_address, watched_resizes
 from .floors import RING_PASSES, Traffic
 
-aten = torch.ops.aten
-
-
-# Formulas of FLOPs by operation. torch 2.13 lacks the CPU's fused attention, on which a simulation runs.
-FLOPS_OF = flop_registry | {
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
-}
+FLOPS_OF = flop_formulas()
 
 
 def tensors_in(tree: object) -> list[Tensor]:
@@ -86,22 +76,16 @@ class TensorBytes(TorchDispatchMode):
 
     def key(self, tensor: Tensor) -> int | None:
         """What stands for the storage of plain `tensor` in `timeline(without=…)`; None if it is not counted."""
-        storage = self._storages.get(tensor.untyped_storage()._cdata)
+        storage = self._storages.get(address(tensor))
         return storage.key if storage else None
 
     def __enter__(self):
-        self._resize = original = torch.UntypedStorage.resize_
-
-        def resize_(storage: torch.UntypedStorage, size: int):  # not an operation, so no mode sees it
-            self._track(storage, already=storage.nbytes())
-            original(storage, size)
-            self._track(storage)
-
-        torch.UntypedStorage.resize_ = resize_
+        self._resizes = watched_resizes(self._track)
+        self._resizes.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exception):
-        torch.UntypedStorage.resize_ = self._resize
+        self._resizes.__exit__(None, None, None)
         self._storages.clear()  # and with them the references that would call `_freed`
         return super().__exit__(*exception)
 
@@ -111,27 +95,27 @@ class TensorBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         storages = [tensor.untyped_storage() for tensor in tensors_in(result) if not tensor.is_meta]
-        if any(storage._cdata not in self._storages for storage in storages):
-            given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
-            storages = [s for s in storages if s._cdata in self._storages or s._cdata not in given]
+        if any(storage_address(storage) not in self._storages for storage in storages):
+            given = {address(tensor) for tensor in tensors_in((args, kwargs))}
+            storages = [s for s in storages if (at := storage_address(s)) in self._storages or at not in given]
         for storage in storages:
             self._track(storage)
         return result
 
     def _track(self, storage: torch.UntypedStorage, already: int = 0) -> None:
         """Note the size of `storage`. Of one that is new here, `already` bytes are not counted."""
-        address = storage._cdata
-        if address not in self._storages:
-            reference = weakref.ref(storage, partial(self._freed, address))
-            self._storages[address] = _Storage(len(self.labels), already, reference)
+        at = storage_address(storage)
+        if at not in self._storages:
+            reference = weakref.ref(storage, partial(self._freed, at))
+            self._storages[at] = _Storage(len(self.labels), already, reference)
             self.labels.append(self.label)
-        known = self._storages[address]
+        known = self._storages[at]
         if known.size != storage.nbytes():
             self.changes.append((known.key, storage.nbytes() - known.size))
             known.size = storage.nbytes()
 
-    def _freed(self, address: int, reference: weakref.ref) -> None:
-        storage = self._storages.pop(address)
+    def _freed(self, at: int, reference: weakref.ref) -> None:
+        storage = self._storages.pop(at)
         self.changes.append((storage.key, -storage.size))
 
 
@@ -158,12 +142,10 @@ class CollectiveBytes(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if (kind := _kind(func)) is not None:
-            given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-            if (group := _group(given)).size() > 1:
-                size = max(sum(t.nbytes for t in tensors_in(value)) for value in (*given.values(), result))
-                ranks = frozenset(dist.get_process_group_ranks(group))
-                self.by_group[ranks, kind].add(kind, size * self.times, group.size(), self.times)
+        if (kind := _kind(func)) is not None and (group := c10d.group_of(func, args, kwargs)).size() > 1:
+            size = max(sum(t.nbytes for t in tensors_in(value)) for value in (*args, *kwargs.values(), result))
+            ranks = frozenset(dist.get_process_group_ranks(group))
+            self.by_group[ranks, kind].add(kind, size * self.times, group.size(), self.times)
         return result
 
 
@@ -182,24 +164,14 @@ class Flops(TorchDispatchMode):
         if _has_wrappers(types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        if (formula := FLOPS_OF.get(func._overloadpacket)) is not None:
+        if (formula := FLOPS_OF.get(packet_of(func))) is not None:
             self.total += self.times * formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
 def _kind(func: torch._ops.OpOverload) -> str | None:
-    if func.namespace not in ("c10d", "_c10d_functional"):
-        return None
-    name = func._opname.replace("_", "")  # allgatherbase, allgatherintotensor, …
+    name = c10d.kind_of(func) or ""
     return next((kind for kind in RING_PASSES if name.startswith(kind.replace("-", ""))), None)
-
-
-def _group(arguments: dict) -> dist.ProcessGroup:
-    """The process group among a collective's arguments, by name: c10d has the group in a box of TorchScript's."""
-    if "process_group" in arguments:
-        return dist.ProcessGroup.unbox(arguments["process_group"])
-    group = arguments["group_name"]
-    return _resolve_process_group(group) if isinstance(group, str) else group
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -15,56 +15,32 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from accelerate import PartialState
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...collectives import stream_spec
 from ...config import TPSPConfig
 from ...sharding import keep_fp32_masters, shard
 from ...structure import decoder_layers
+from ...upstream.accelerate import cpu_state_of_its_own
+from ...upstream.fake import FakeTensorMode, fake_world, sgd
 from ...upstream.fsdp2 import unsharded_numels
-from ...upstream.patching import swap
+from ...upstream.transformers import fused_attention
 from .depth import deepen, depths, layer_kinds, shortened
 from .floors import Traffic, check_floor, collective_floor, fsdp_floor
 from .recorders import local_part
 from .step import Step, record_step
 
-
-def fused_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Causal attention `[batch, heads, seq, head_dim]` without scores or a mask. transformers builds the mask, seq² large,
-    when tensors are fake; with real ones it leaves it out, as here."""
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("fused", fused_attention)
-AttentionMaskInterface.register("fused", lambda *args, **kwargs: None)
-
-
-# Not SGD's fused form: torch 2.13 (optim/sgd.py, `_fused_sgd`) runs it on real tensors of the global shapes when DTensors
-# are fake. Use it when it has a meta kernel.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),  # the Trainer's default
-    "sgd": functools.partial(torch.optim.SGD, foreach=False),
-    "sgd_momentum": functools.partial(torch.optim.SGD, momentum=0.9, foreach=False),
+    "sgd": sgd,
+    "sgd_momentum": functools.partial(sgd, momentum=0.9),
 }
 
 
@@ -114,24 +90,11 @@ def simulated_world(size: int, backend: str = "nccl") -> Iterator[None]:
     """
     if dist.is_initialized():
         raise ValueError("A world is simulated in a process of its own; this one has started a process group already.")
-    state, variable = dict(PartialState._shared_state), os.environ.get("ACCELERATE_USE_CPU")
-    PartialState._shared_state.clear()
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    restore = swap((dist, "get_backend", lambda original: lambda group=None: backend))
-    try:
-        yield
-    finally:
-        restore()
-        dist.destroy_process_group()
-        stream_spec.cache_clear()  # both know meshes by their shape, and would hand out those whose groups are gone
-        _clear_sharding_prop_cache()  # delete when torch compares meshes by their groups too (2.13 does not)
-        PartialState._shared_state.clear()
-        PartialState._shared_state.update(state)
-        if variable is None:
-            del os.environ["ACCELERATE_USE_CPU"]
-        else:
-            os.environ["ACCELERATE_USE_CPU"] = variable
+    with cpu_state_of_its_own(), fake_world(size, backend), fused_attention():
+        try:
+            yield
+        finally:
+            stream_spec.cache_clear()  # it knows meshes by their shape, and would hand out those whose groups are gone
 
 
 def build_on_meta(config: PreTrainedConfig, job: Job) -> PreTrainedModel:
@@ -140,7 +103,7 @@ def build_on_meta(config: PreTrainedConfig, job: Job) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.use_cache = False
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), fused_attention():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16 if low else torch.float32, attn_implementation=job.attention
             )

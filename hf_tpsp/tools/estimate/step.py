@@ -6,23 +6,20 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ...loss.chunked import ChunkedHead
 from ...state import MESH_DIMS, parallelized_model
 from ...structure import decoder_layers
-from ...upstream.patching import swap
+from ...upstream.fake import address, is_fake, told_apart
+from ...upstream.patching import swapped
 from .floors import Traffic
 from .recorders import CollectiveBytes, Flops, TensorBytes, local_part
 
@@ -94,7 +91,7 @@ class Step:
 
 def _bytes_of(tensors: list[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once."""
-    storages = {(s := local_part(t).untyped_storage())._cdata: s.nbytes() for t in tensors}
+    storages = {address(local_part(t)): local_part(t).untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
@@ -102,42 +99,18 @@ def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
 
-def _outside_modes(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def run(*args, **kwargs):
-        with _disable_current_modes():
-            return original(*args, **kwargs)
+def _gathered(memory: TensorBytes) -> Callable[[], AbstractContextManager]:
+    """A context in which `memory` labels what is allocated "gathered"."""
 
-    return run
+    @contextmanager
+    def label() -> Iterator[None]:
+        before, memory.label = memory.label, "gathered"
+        try:
+            yield
+        finally:
+            memory.label = before
 
-
-@contextmanager
-def _told_apart(memory: TensorBytes) -> Iterator[None]:
-    """Label what FSDP2's collectives allocate "gathered", and keep from `memory` the tensors by which DTensor works out the
-    shape of a result when it meets a new operation. torch 2.13 (fsdp/_fully_shard/_fsdp_param_group.py,
-    tensor/_sharding_prop.py) has no public place for either: delete when it has, or marks such tensors."""
-
-    def label(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def labelled(*args, **kwargs):
-            before, memory.label = memory.label, "gathered"
-            try:
-                return original(*args, **kwargs)
-            finally:
-                memory.label = before
-
-        return labelled
-
-    restore = swap(
-        (fsdp, "foreach_all_gather", label),
-        (fsdp, "foreach_reduce", label),
-        (fsdp.FSDPParamGroup, "wait_for_unshard", label),
-        (ShardingPropagator, "_propagate_tensor_meta_non_cached", _outside_modes),
-    )
-    try:
-        yield
-    finally:
-        restore()
+    return label
 
 
 @contextmanager
@@ -147,7 +120,7 @@ def _alike_chunks_once(*counters: CollectiveBytes | Flops) -> Iterator[None]:
     def abridge(original: Callable) -> Callable:
         def chunks(self: ChunkedHead, hidden: Tensor) -> Iterator[slice]:
             every = list(original(self, hidden))
-            shown = every if len(every) < 4 or not isinstance(hidden, FakeTensor) else [*every[:2], every[-1]]
+            shown = every if len(every) < 4 or not is_fake(hidden) else [*every[:2], every[-1]]
             for index, chunk in enumerate(shown):
                 for counter in counters:
                     counter.times = len(every) - 2 if index == 1 and shown is not every else 1
@@ -157,11 +130,8 @@ def _alike_chunks_once(*counters: CollectiveBytes | Flops) -> Iterator[None]:
 
         return chunks
 
-    restore = swap((ChunkedHead, "chunks", abridge))
-    try:
+    with swapped((ChunkedHead, "chunks", abridge)):
         yield
-    finally:
-        restore()
 
 
 def record_step(
@@ -205,7 +175,7 @@ def record_step(
     try:
         gc.disable()  # so that what happens in a step does not depend on how much garbage there was before
         sent, computed, memory = CollectiveBytes(), Flops(), TensorBytes()
-        with sent, computed, memory, _told_apart(memory), _alike_chunks_once(sent, computed):
+        with sent, computed, memory, told_apart(_gathered(memory)), _alike_chunks_once(sent, computed):
             model(**batch).loss.backward()
             time.sleep(settle)
             gradients = {memory.key(local_part(p.grad)) for p in model.parameters() if p.grad is not None}
