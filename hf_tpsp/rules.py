@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -13,8 +13,35 @@ if TYPE_CHECKING:
     from .plan.trial import Trial
 
 
+class Rule(NamedTuple):
+    """What stands beside a name in a plan: `name`, or `name:argument,argument`.
+
+    For a module, the name is a style's (`styles.registry.STYLES`), and the arguments are those of its `__init__`:
+        colwise, rowwise, replicated, …       a style without arguments
+        split:heads,widths                    variants of a block
+        colwise_packed:64,64                  widths of the projections in one weight
+        colwise_gathered:64,32@2,32@2         with `@h`, a projection of `h` heads, fewer than there are ranks
+    For a parameter, which its module's style cuts:
+        shard:d                               over its dimension d (negative: from the end)
+        shard_packed:d,n                      over dimension d, each of the n parts that lie one after the other in it by itself
+        share                                 whole; each rank uses its share of it, so that the shares add up
+    Without sizes, as a layout is tried: `pair` (two equal projections), `qkv:name` (query, key and value; `name` closes the block).
+    """
+
+    name: str
+    arguments: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        name, _, arguments = text.partition(":")
+        return cls(name, tuple(argument for argument in arguments.split(",") if argument))
+
+    def __str__(self) -> str:
+        return f"{self.name}:{','.join(self.arguments)}" if self.arguments else self.name
+
+
 class Plan(dict[str, str]):
-    """Module (or parameter) name, with `*` for layer numbers → name in `styles.STYLES`, with arguments after a colon.
+    """Module (or parameter) name, with `*` for layer numbers → `Rule`, as text.
 
     Attributes:
         sequence_parallel: whether the stream is sharded over the sequence. loss_parallel: whether the logits are, over the
@@ -38,7 +65,7 @@ def wildcard(name: str) -> str:
 
 
 def rule_for(name: str, plan: dict[str, str]) -> str | None:
-    """The style that `plan` gives the module or parameter `name`: its own rule, else its wildcard's."""
+    """The rule that `plan` gives the module or parameter `name`: its own rule, else its wildcard's."""
     return plan.get(name) or plan.get(wildcard(name))
 
 

@@ -51,7 +51,8 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
             lists[name] = module
     if not lists:
         raise ValueError(
-            f"{type(model).__name__} has no list of layers that hf_tpsp could find. Train it with FSDP alone."
+            f"{type(model).__name__} has no list of layers that hf_tpsp could find. Train it with FSDP alone, or extend "
+            "`layer_lists` in hf_tpsp/structure.py."
         )
     ruled = {rule.split(".*", 1)[0] for rule in (model.tp_plan or {}) if ".*" in rule}
     if ruled & lists.keys():

@@ -90,7 +90,7 @@ def test_parallelize_in_memory_takes_rank_0s_weights(ranks):
 
 
 def test_phi3_with_as_many_kv_heads_as_heads(ranks):
-    """Query, key and value of one width: packed_colwise in the attention too."""
+    """Query, key and value of one width: colwise_packed in the attention too."""
     check(ranks, "phi3", MESH_2x2, settings={"num_key_value_heads": 8})
 
 

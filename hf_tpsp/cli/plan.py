@@ -137,7 +137,7 @@ def tables_of_trials(model: PreTrainedModel, plan: Plan, name: str, tp_size: int
         inside = [n for n, _ in (*module.named_modules(), *module.named_parameters()) if n]
         layout = {"": rule_for(first, plan)}
         layout |= {n: rule for n in inside if (rule := rule_for(f"{first}.{n}", plan)) is not None}
-        is_split = layout[""] not in ("whole", "copy")
+        is_split = layout[""] not in ("whole", "replicated")
         table = Table(title=f"{block} ({owner}), tp {tp_size}: {brief(layout)}", title_justify="left", show_lines=True)
         for column in ("", "layout that was tried", "what the ranks computed", "where"):
             table.add_column(column, overflow="fold")

@@ -27,6 +27,7 @@ def add(commands) -> None:
     )
     verify.add_argument("model", nargs="?", metavar="MODEL_TYPE|PATH", help="a model type of transformers, or a folder")
     add_mesh_arguments(verify, tp=2)
+    verify.add_argument("--no-sequence-parallel", action="store_true", help="plain tensor parallelism")
     verify.add_argument("--seq", type=int, default=17, metavar="N", help="tokens of a row (default 17)")
     verify.add_argument("--vocab", type=int, default=131, metavar="N", help="vocabulary of the copy (default 131)")
     verify.add_argument("--dtype", choices=("fp32", "fp64"), default="fp32", help="default fp32")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         return run_all(args)
     result = verify(
         args.model,
-        mesh_config(args),
+        mesh_config(args, sequence_parallel=not args.no_sequence_parallel),
         length=args.seq,
         vocabulary=args.vocab,
         dtype=f"float{args.dtype.removeprefix('fp')}",

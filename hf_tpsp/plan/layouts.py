@@ -9,8 +9,9 @@ from torch import nn
 from transformers.activations import ACT2CLS
 
 from ..config import TPSPConfig
+from ..rules import Rule
+from ..sizes import HEADS, KV_HEADS
 from ..structure import features, own, own_parameters
-from ..styles.block import Block
 from .record import Call
 
 # Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
@@ -33,7 +34,7 @@ def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hi
     rest = {}
     for name, module in inside.items():
         if name and own_parameters(module):
-            rest[name] = "replica"
+            rest[name] = "replicated_partial"
         elif type(module) in ACTIVATIONS:
             rest[name] = "activation"
     mlps = enclosed_mlps(native, inside, calls)
@@ -44,8 +45,7 @@ def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hi
     for base in bases:
         for variants in ([], ["heads"], ["heads", "widths"]):
             for residual in ([], ["residual"]) if len(calls[""].streams) > 1 else ([],):
-                named = ",".join([*variants, *residual])
-                yield {"": f"gather:{named}" if named else "gather", **rest, **base}
+                yield {"": str(Rule("split", (*variants, *residual))), **rest, **base}
 
 
 def packings(closing: str) -> Iterator[str]:
@@ -66,15 +66,15 @@ def translated(native: dict[str, str], inside: dict[str, nn.Module]) -> Iterator
             elif rule in ("rowwise", SPLIT_INPUT):
                 rules[name] = "rowwise"
         elif rule == "rowwise" and not name.endswith("bias"):
-            rules[name] = "split:-1"
+            rules[name] = "shard:-1"
         elif rule in ("packed_rowwise", "packed_colwise") and not name.endswith("bias"):
-            rules[name] = f"packed:{-1 if rule == 'packed_rowwise' else -2},2"
+            rules[name] = f"shard_packed:{-1 if rule == 'packed_rowwise' else -2},2"
         elif rule == "colwise":
-            rules[name] = "split:-2"
+            rules[name] = "shard:-2"
     if len(closing) == 1 and len(opened) == 1:
         for packing in packings(closing[0]):
             yield {**rules, opened[0]: packing}
-    yield {**rules, **dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_split")}
+    yield {**rules, **dict.fromkeys(opened, "colwise_gathered"), **dict.fromkeys(closing, "rowwise_sliced")}
 
 
 def derived(block: nn.Module, inside: dict[str, nn.Module], call: Call) -> Iterator[dict[str, str]]:
@@ -86,8 +86,8 @@ def derived(block: nn.Module, inside: dict[str, nn.Module], call: Call) -> Itera
     entries = [n for n in before if call.linears[n]]
     later = [n for n in before if not call.linears[n]]  # up-projections of compressed ones
     packed = [n for n in entries if features(linears[n])[1] > features(linears[last])[0]]
-    heads = own(block, Block.HEADS)
-    bare = {n: "split:0" for n, p in block.named_parameters(recurse=False) if heads and p.shape[:1] == (heads,)}
+    heads = own(block, HEADS)
+    bare = {n: "shard:0" for n, p in block.named_parameters(recurse=False) if heads and p.shape[:1] == (heads,)}
     choices = [(entries, [])]
     if later:
         choices += [(few, later) for n in range(len(entries), -1, -1) for few in itertools.combinations(entries, n)]
@@ -100,7 +100,7 @@ def derived(block: nn.Module, inside: dict[str, nn.Module], call: Call) -> Itera
 
 def stacked_experts(inside: dict[str, nn.Module], hidden: int) -> Iterator[dict[str, str]]:
     """Expert weights `[experts, …]` and their biases: gate and up, one after the other or interleaved, and down."""
-    for opening in ("packed:{},2", "split:{}"):
+    for opening in ("shard_packed:{},2", "shard:{}"):
         rules = {}
         for name, module in inside.items():
             stacked = {n: p.shape for n, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)}
@@ -110,9 +110,9 @@ def stacked_experts(inside: dict[str, nn.Module], hidden: int) -> Iterator[dict[
                 full, closes = f"{name}.{n}" if name else n, any(word in n for word in ("down", "w2", "output"))
                 if len(shape) == 3 and hidden in shape[1:]:
                     dim = -2 if shape[-1] == hidden else -1
-                    rules[full] = f"split:{dim}" if closes else opening.format(dim)
+                    rules[full] = f"shard:{dim}" if closes else opening.format(dim)
                 elif len(shape) == 2 and "bias" in n:
-                    rules[full] = "mean" if closes else opening.format(-1)
+                    rules[full] = "share" if closes else opening.format(-1)
         if rules:
             yield rules
 
@@ -135,17 +135,17 @@ def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> d
     """`rules` for `block`, which has the structure of the one that they were proven on; None if its heads do not divide over
     the ranks, or ranks would have to share kv heads that are not found among its projections."""
     inside = dict(block.named_modules())
-    heads, kv_heads = own(block, Block.HEADS), own(block, Block.KV_HEADS)
+    heads, kv_heads = own(block, HEADS), own(block, KV_HEADS)
     is_attention = hasattr(block, "head_dim") or hasattr(block, "num_key_value_groups")
     shared = kv_heads if is_attention and heads and kv_heads and kv_heads < min(heads, config.tp_size) else None
     if is_attention and heads and (heads % config.tp_size or (kv_heads and not shared and kv_heads % config.tp_size)):
         return None
     sized = dict(rules)
     for name, rule in rules.items():
-        kind, _, closing = rule.partition(":")
+        kind, closing = Rule.parse(rule)
         if kind in ("pair", "qkv"):
             total = features(inside[name])[1]
-            first = total // 2 if kind == "pair" else features(inside[closing])[0]
+            first = total // 2 if kind == "pair" else features(inside[closing[0]])[0]
             parts = [first] if kind == "pair" else [(total - first) // 2] * 2
             sized[name] = packed_rule((first, *parts), inside[name], shared if kind == "qkv" else None, config)
         elif rule == "colwise" and shared and features(inside[name])[1] == shared * (own(block, ("head_dim",)) or 0):
@@ -153,7 +153,8 @@ def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> d
     if shared and not any("@" in rule for rule in sized.values()):
         return None
     if shared:
-        sized[""] += (":" if ":" not in sized[""] else ",") + "groups"
+        name, variants = Rule.parse(sized[""])
+        sized[""] = str(Rule(name, (*variants, "groups")))
     return sized
 
 
@@ -164,7 +165,7 @@ def packed_rule(parts: tuple[int, ...], projection: nn.Module, heads: int | None
     # The strided layout of equal parts leaves FSDP only the input dimension, which it cannot shard unevenly.
     even = len(set(parts)) == 1 and not heads and parts[0] % config.tp_size == 0
     even = even and features(projection)[0] % config.dp_shard_size == 0
-    return f"{'packed_colwise' if even else 'colwise_gathered'}:{named}"
+    return f"{'colwise_packed' if even else 'colwise_gathered'}:{named}"
 
 
 def whole_layout(block: nn.Module, native: dict[str, str], call: Call | None) -> dict[str, str]:
@@ -173,5 +174,5 @@ def whole_layout(block: nn.Module, native: dict[str, str], call: Call | None) ->
     for name, module in block.named_modules():
         if name and own_parameters(module):
             split = native.get(name) == GATHERED and call is not None and name in call.linears
-            rules[name] = "colwise_whole" if split else "copy"
+            rules[name] = "colwise_whole" if split else "replicated"
     return rules

@@ -15,7 +15,7 @@ The plan is derived, not listed per model, and proven before it is used (`prove.
 
 A block is split by the first layout whose ranks add up to the block, out of: transformers' own tensor-parallel plan; the
 linear layers that are fed what the block is fed, and the last one that it calls; each with what the forward may need to
-know of its share (`gather:heads`). If none does, every rank computes the block whole.
+know of its share (`split:heads`). If none does, every rank computes the block whole.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class _Planner:
                 self.note(f"{wildcard(name)} ({type(block).__name__}) is not split: {heads}")
         rules = rules or whole_layout(block, native, call)
         if call is None:  # its parameters are read by whoever uses it
-            rules[""] = "copy"
+            rules[""] = "replicated"
         for part, rule in rules.items():
             self.set(f"{name}.{part}" if part else name, rule)
 

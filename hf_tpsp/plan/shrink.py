@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..sizes import HEADS, KV_HEADS, LAYERS, OTHER_HEADS, OTHER_KV_HEADS, OTHER_WIDTHS, WIDTHS
+
 HEAD_DIM, ROPE_DIM, EXPERTS, VOCABULARY, LENGTH, WINDOW = 16, 8, 4, 131, 128, 8
 
 
@@ -19,19 +21,9 @@ LARGEST = 3_000_000
 """Elements of a copy. One that has more was not shrunk: a size goes by a name that is not known here."""
 
 
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
-         "num_decoder_attention_heads", "linear_num_heads", "swa_num_attention_heads", "index_n_heads", "n_mamba_heads")  # fmt: skip
-
-
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups")
-
-
-HIDDEN = ("hidden_size", "n_embd", "d_model", "embedding_dim", "attention_hidden_size", "word_embed_proj_dim", "embedding_size",
-          "input_embedding_size", "output_embedding_size", "lru_width", "mamba_d_ssm")  # fmt: skip
-
-
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
-          "num_layers_per_stack", "encoder_layers", "num_encoder_layers")  # fmt: skip
+CONFIG_HEADS = (*HEADS, *OTHER_HEADS)
+CONFIG_KV_HEADS = (*KV_HEADS, *OTHER_KV_HEADS)
+CONFIG_WIDTHS = (*WIDTHS, *OTHER_WIDTHS)
 
 
 SIZES: dict[str, int] = {
@@ -104,15 +96,15 @@ def _first(values: dict, names: tuple[str, ...]) -> int | None:
 
 
 def _shrink(values: dict[str, Any], every_layer: bool) -> None:
-    heads = _first(values, HEADS) or 4
-    kv_heads = _first(values, KV_HEADS) or heads
+    heads = _first(values, CONFIG_HEADS) or 4
+    kv_heads = _first(values, CONFIG_KV_HEADS) or heads
     if values.get("multi_query") and not values.get("new_decoder_architecture"):
         kv_heads = 1
     small_kv = 1 if kv_heads == 1 else 2
     ratio = heads // kv_heads
     small_heads = 4 if ratio == 1 or kv_heads == 1 else small_kv * min(ratio, 4)
     small_kv = small_heads if ratio == 1 else small_kv
-    hidden = _first(values, HIDDEN) or 64
+    hidden = _first(values, CONFIG_WIDTHS) or 64
     small_hidden = small_heads * HEAD_DIM
 
     head_dim, rope_dim = values.get("head_dim"), values.get("qk_rope_head_dim")
@@ -137,11 +129,11 @@ def _shrink(values: dict[str, Any], every_layer: bool) -> None:
             continue
         elif name in LAYERS:
             values[name] = len(kept)
-        elif name in HEADS:
+        elif name in CONFIG_HEADS:
             values[name] = small_heads
-        elif name in KV_HEADS:
+        elif name in CONFIG_KV_HEADS:
             values[name] = small_kv
-        elif name in HIDDEN:
+        elif name in CONFIG_WIDTHS:
             values[name] = small_hidden
         elif name in SIZES or name in OF_LAYERS:
             values[name] = min(value, (SIZES | OF_LAYERS)[name])
@@ -169,7 +161,9 @@ def _per_layer(values: dict[str, Any]) -> dict[str, Any]:
     """What one layer has in place of the others' sizes: wider heads stay wider."""
     small = {"head_dim": 2 * HEAD_DIM, "global_head_dim": 2 * HEAD_DIM}
     return {
-        n: small.get(n, min(v, SIZES[n]) if n in SIZES else v) for n, v in values.items() if n not in HEADS + KV_HEADS
+        n: small.get(n, min(v, SIZES[n]) if n in SIZES else v)
+        for n, v in values.items()
+        if n not in CONFIG_HEADS + CONFIG_KV_HEADS
     }
 
 

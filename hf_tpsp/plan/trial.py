@@ -44,10 +44,10 @@ class Trial:
 
 
 def brief(layout: dict[str, str]) -> str:
-    """A layout in one line: the block's own rule, and what is split in it: `gather; colwise q_proj, k_proj; rowwise o_proj`."""
+    """A layout in one line: the block's own rule, and what is split in it: `split; colwise q_proj, k_proj; rowwise o_proj`."""
     named: dict[str, list[str]] = {}
     for name, rule in layout.items():
-        if name and rule not in ("replica", "copy", "activation"):  # Those are whole on every rank.
+        if name and rule not in ("replicated_partial", "replicated", "activation"):  # Those are whole on every rank.
             named.setdefault(rule, []).append(name)
     return "; ".join([layout[""], *(f"{rule} {', '.join(names)}" for rule, names in named.items())])
 

@@ -15,7 +15,7 @@ from ..rules import rule_for
 from ..state import style_of
 from ..structure import own_parameters
 from .base import TensorParallel
-from .block import Gather, Replica
+from .block import ReplicatedPartial, SplitBlock
 from .registry import style_for
 
 
@@ -34,10 +34,10 @@ def apply_plan(model: PreTrainedModel, plan: dict[str, str], tp: TensorParallel,
 def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
     """Have the auxiliary loss of an MoE model reach its routers once, and not from each rank.
 
-    A router inside a split block adds up the ranks' gradients (`Replica`). All ranks compute the auxiliary loss alike, from
+    A router inside a split block adds up the ranks' gradients (`ReplicatedPartial`). All ranks compute the auxiliary loss alike, from
     the logits that the decoder hands out.
     """
-    routers = [m for m in model.modules() if isinstance(style_of(m), Gather) and any(_routers(m))]
+    routers = [m for m in model.modules() if isinstance(style_of(m), SplitBlock) and any(_routers(m))]
     if not routers:
         return
 
@@ -53,7 +53,7 @@ def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
 def _routers(block: nn.Module) -> Iterator[nn.Module]:
     """What chooses among the experts inside a block: the replicated parameters beside stacked expert weights."""
     if any(p.dim() == 3 for p in block.parameters()):
-        yield from (m for m in block.modules() if type(style_of(m)) is Replica)
+        yield from (m for m in block.modules() if type(style_of(m)) is ReplicatedPartial)
 
 
 def check_sharded(model: nn.Module) -> None:

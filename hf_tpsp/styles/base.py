@@ -16,7 +16,7 @@ reduce-scatter is one all-reduce instead.
 Gradients. A column- or row-sharded weight gets its whole gradient on the rank that owns it. A *replicated* parameter
 (norms, q_norm/k_norm, routers, the bias of a row-parallel layer) sees a part of the sequence or of the heads on each rank, so
 its local gradient is one term of a sum over the TP ranks. `ReplicatedGradients` adds the terms, once per backward. In a block
-that every rank computes `Whole`, each has the whole gradient, and nothing is added.
+that every rank computes `WholeBlock`, each has the whole gradient, and nothing is added.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from ..collectives import ReduceFromRegion, local_slice, scatter_sequence, to_local
 from ..config import TPSPConfig
+from ..rules import Rule
 from ..state import style_of
 from ..upstream.dtensor import StridedShard
 from .gradients import ReplicatedGradients
@@ -83,8 +84,8 @@ class Style:
 
     Args:
         config: what runs on the mesh.
-        arguments: of the plan's rule, what follows the colon (`packed_colwise:64,64`); subclasses name theirs.
-        parameter_rules: the plan's rules for single parameters of the module, by name: `split:0`, `packed:1,2`, `mean`.
+        arguments: of the plan's rule, what follows the colon (`colwise_packed:64,64`); subclasses name theirs.
+        parameter_rules: the plan's rules for single parameters of the module, by name: `shard:0`, `shard_packed:1,2`, `share`.
     """
 
     forward_collective = "-"
@@ -115,12 +116,12 @@ class Style:
 
     def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         """Where parameter `name` of `module` lives on the TP mesh dim."""
-        if (rule := self.parameter_rules.get(name)) in (None, "mean"):
+        kind, arguments = Rule.parse(self.parameter_rules.get(name, "share"))
+        if kind == "share":
             return Replicate()
-        kind, _, arguments = rule.partition(":")
-        dim, *parts = (int(n) for n in arguments.split(","))
+        dim, *parts = map(int, arguments)
         dim %= param.dim()
-        return Shard(dim) if kind == "split" else StridedShard(dim, split_factor=parts[0])
+        return Shard(dim) if kind == "shard" else StridedShard(dim, split_factor=parts[0])
 
     def is_partial(self, name: str) -> bool:
         """Whether the ranks' gradients of the replicated parameter `name` are terms of a sum (DTensor's `Partial`)."""
@@ -169,7 +170,7 @@ class Style:
 
     def as_partial(self, name: str, value: Tensor, size: int) -> Tensor:
         """The parameter `name`, `value` on this rank, as the rank uses it, such that the outputs of `size` ranks add up."""
-        return value / size if self.parameter_rules.get(name) == "mean" else value
+        return value / size if self.parameter_rules.get(name) == "share" else value
 
     @contextlib.contextmanager
     def local_parameters(self, module: nn.Module, tp: TensorParallel) -> Iterator[None]:

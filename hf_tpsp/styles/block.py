@@ -27,6 +27,7 @@ from ..config import TPSPConfig
 from ..forward import randomness
 from ..forward.outputs import LazyWhole, whole_heads
 from ..loss.logits import LazyLogits
+from ..sizes import HEADS, KV_HEADS, WIDTHS
 from ..state import style_of
 from ..structure import is_norm
 from ..upstream import autograd
@@ -50,7 +51,7 @@ def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
     return x
 
 
-class Replica(Norm):
+class ReplicatedPartial(Norm):
     """Parameters inside a split block that every rank has whole and uses for its term: q_norm, a router, MLA's compression.
 
     Their gradients are terms of a sum. No collective on activations.
@@ -59,7 +60,7 @@ class Replica(Norm):
     is_read_by_owner = True
 
     def is_partial(self, name: str) -> bool:
-        return self.parameter_rules.get(name) in (None, "mean")
+        return self.parameter_rules.get(name) in (None, "share")
 
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         if is_norm(module):  # so that only its input is kept
@@ -67,7 +68,7 @@ class Replica(Norm):
         return inner(*args, **kwargs)  # the block has made the parameters plain
 
 
-class Copy(Style):
+class Replicated(Style):
     """Parameters inside a block, or beside the layers, that every rank uses alike: each has their whole gradient."""
 
     is_read_by_owner = True
@@ -108,9 +109,6 @@ class Block(Style):
     """
 
     reads_parts = True
-    HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
-    KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-    WIDTHS = ("hidden_size", "embed_dim", "split_size", "d_model", "inner_dim", "all_head_size", "n_embd")
 
     def __init__(self, config: TPSPConfig, *variants: str, **given: Any):
         super().__init__(config, **given)
@@ -122,17 +120,17 @@ class Block(Style):
         super().install(module, tp)
 
     def adjust(self, module: nn.Module, rank: int, size: int) -> None:
-        self.heads = next((n for name in self.HEADS if isinstance(n := getattr(self.of(module), name, None), int)), 0)
+        self.heads = next((n for name in HEADS if isinstance(n := getattr(self.of(module), name, None), int)), 0)
         if "heads" in self.variants or "widths" in self.variants:
             for part in module.modules():
                 self.share(part, size)
         if "groups" in self.variants:  # a kv head serves several ranks
-            heads = next(n for n in self.HEADS if hasattr(self.of(module), n))
+            heads = next(n for n in HEADS if hasattr(self.of(module), n))
             module.num_key_value_groups = max(1, getattr(self.of(module), heads) // size)
 
     def share(self, part: nn.Module, size: int) -> None:
         """Set the heads (and widths) that `part` and its config name to one rank's share."""
-        names = self.HEADS + self.KV_HEADS + (self.WIDTHS if "widths" in self.variants else ())
+        names = HEADS + KV_HEADS + (WIDTHS if "widths" in self.variants else ())
         config = vars(part).get("config")
         if config is not None:
             config = part.config = copy.copy(config)
@@ -144,7 +142,7 @@ class Block(Style):
     @staticmethod
     def of(module: nn.Module):
         """Who knows the number of heads."""
-        return module if any(hasattr(module, n) for n in Block.HEADS) else getattr(module, "config", None)
+        return module if any(hasattr(module, n) for n in HEADS) else getattr(module, "config", None)
 
     @contextlib.contextmanager
     def local_parameters(self, module: nn.Module, tp: TensorParallel) -> Iterator[None]:
@@ -248,7 +246,7 @@ class Block(Style):
         return x
 
 
-class Gather(Block):
+class SplitBlock(Block):
     """A block that is split: each rank computes one term of the sum that is its output.
 
     Forward: all-gather, reduce-scatter. Backward: all-gather, reduce-scatter, and with `regather_inputs` the all-gather of
@@ -305,7 +303,7 @@ class Gather(Block):
         return x
 
 
-class Whole(Block):
+class WholeBlock(Block):
     """A block that every rank computes whole: one whose output is no sum over the ranks, as far as hf_tpsp can prove.
 
     Forward: all-gather. Backward: all-gather. (Without SP: none.) A plain input stays plain.

@@ -50,10 +50,10 @@ class Colwise(Style):
         return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
 
 
-class PackedColwise(Colwise):
+class ColwisePacked(Colwise):
     """Projections of equal width packed in one linear layer (gate and up): each is split over its own output features.
 
-    Written `packed_colwise:n,n` in a plan, with the width of each part. The bias is replicated, and each rank takes its own
+    Written `colwise_packed:n,n` in a plan, with the width of each part. The bias is replicated, and each rank takes its own
     of it. No collective.
     """
 
@@ -83,7 +83,7 @@ class PackedColwise(Colwise):
         return value.index_select(0, self.rows_on(value.device)) if name == "bias" else value
 
 
-class GatheredColwise(Colwise):
+class ColwiseGathered(Colwise):
     """A linear layer split over its output features, whose output each rank then has whole, or the part it names.
 
     Without arguments, the whole (`colwise_gathered`), for a forward that mixes all features, such as a norm over all heads.
@@ -115,7 +115,7 @@ class GatheredColwise(Colwise):
         return full.index_select(-1, self.rows_on(full.device)) if self.parts else full
 
 
-class WholeColwise(Colwise):
+class ColwiseWhole(Colwise):
     """A linear layer inside a block that every rank computes whole: split over its output features, its output gathered.
 
     Forward: all-gather (of the layer's output). Backward: all-reduce (of its input's gradient).
@@ -170,7 +170,7 @@ class Rowwise(Style):
             return inner(*args, **kwargs)
 
 
-class SplitRowwise(Rowwise):
+class RowwiseSliced(Rowwise):
     """A row-parallel layer whose input every rank has whole: each takes its own features of it."""
 
     def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from ..config import TPSPConfig
+from ..rules import Rule
 from .base import Style
-from .block import Activation, Copy, Gather, Replica, Whole
+from .block import Activation, Replicated, ReplicatedPartial, SplitBlock, WholeBlock
 from .head import Head, LazyHead
-from .linear import Colwise, GatheredColwise, PackedColwise, Rowwise, SplitRowwise, WholeColwise
+from .linear import Colwise, ColwiseGathered, ColwisePacked, ColwiseWhole, Rowwise, RowwiseSliced
 from .stream import Embedding, Enter, Norm, Stream
 
 STYLES: dict[str, type[Style]] = {
     "embedding": Embedding,
     "enter": Enter,
     "norm": Norm,
-    "gather": Gather,
-    "whole": Whole,
-    "replica": Replica,
-    "copy": Copy,
+    "split": SplitBlock,
+    "whole": WholeBlock,
+    "replicated_partial": ReplicatedPartial,
+    "replicated": Replicated,
     "stream": Stream,
     "activation": Activation,
     "colwise": Colwise,
-    "packed_colwise": PackedColwise,
-    "colwise_gathered": GatheredColwise,
-    "colwise_whole": WholeColwise,
+    "colwise_packed": ColwisePacked,
+    "colwise_gathered": ColwiseGathered,
+    "colwise_whole": ColwiseWhole,
     "rowwise": Rowwise,
-    "rowwise_split": SplitRowwise,
+    "rowwise_sliced": RowwiseSliced,
     "head": Head,
     "lazy_head": LazyHead,
 }
@@ -32,12 +33,14 @@ STYLES: dict[str, type[Style]] = {
 
 
 def style_for(rule: str, config: TPSPConfig, parameter_rules: dict[str, str] | None = None) -> Style:
-    """The style that a rule of a plan names; what follows a colon are its arguments (`packed_colwise:64,64`).
+    """The style that a rule of a plan names; what follows a colon are its arguments (`colwise_packed:64,64`).
 
     Raises:
         ValueError: the rule names no style.
     """
-    name, _, arguments = rule.partition(":")
+    name, arguments = Rule.parse(rule)
     if name not in STYLES:
-        raise ValueError(f"{rule!r} names no style; the styles are {', '.join(STYLES)}.")
-    return STYLES[name](config, *(a for a in arguments.split(",") if a), parameter_rules=parameter_rules)
+        raise ValueError(
+            f"{rule!r} names no style; the styles are {', '.join(STYLES)}. Add it to `STYLES` in hf_tpsp/styles/registry.py."
+        )
+    return STYLES[name](config, *arguments, parameter_rules=parameter_rules)

@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..fingerprint import fingerprint
-from ..rules import rule_for, wildcard
-from ..styles.block import Block, Replica
+from ..rules import Rule, rule_for, wildcard
+from ..styles.block import Block, ReplicatedPartial
 from ..styles.gradients import ReplicatedGradients
 from ..styles.head import Head
 from ..styles.registry import STYLES
@@ -76,12 +76,12 @@ class Witness:
         seen = set()
         for name, module in model.named_modules():
             rule = rule_for(name, plan)
-            style = STYLES.get((rule or "").partition(":")[0])
+            style = STYLES.get(Rule.parse(rule or "").name)
             kind = (wildcard(name), type(module), rule)
             if (
                 style is None
                 or not issubclass(style, (Block, Norm, Embedding, Head))
-                or issubclass(style, Replica)
+                or issubclass(style, ReplicatedPartial)
                 or kind in seen
             ):
                 continue

@@ -29,15 +29,15 @@ def test_qwen3():
         "model.embed_tokens": "embedding",
         "model.layers.*": "enter",
         "model.layers.*.input_layernorm": "norm",
-        "model.layers.*.self_attn": "gather",
+        "model.layers.*.self_attn": "split",
         "model.layers.*.self_attn.q_proj": "colwise",
         "model.layers.*.self_attn.k_proj": "colwise",
         "model.layers.*.self_attn.v_proj": "colwise",
-        "model.layers.*.self_attn.q_norm": "replica",
-        "model.layers.*.self_attn.k_norm": "replica",
+        "model.layers.*.self_attn.q_norm": "replicated_partial",
+        "model.layers.*.self_attn.k_norm": "replicated_partial",
         "model.layers.*.self_attn.o_proj": "rowwise",
         "model.layers.*.post_attention_layernorm": "norm",
-        "model.layers.*.mlp": "gather",
+        "model.layers.*.mlp": "split",
         "model.layers.*.mlp.gate_proj": "colwise",
         "model.layers.*.mlp.up_proj": "colwise",
         "model.layers.*.mlp.down_proj": "rowwise",
@@ -50,11 +50,11 @@ def test_qwen3():
 
 def test_phi3_packed_projections():
     plan = plan_for(on_meta("phi3"), TP2)
-    assert plan["model.layers.*.self_attn"] == "gather:heads"
+    assert plan["model.layers.*.self_attn"] == "split:heads"
     assert plan["model.layers.*.self_attn.qkv_proj"] == "colwise_gathered:32,16,16"
-    assert plan["model.layers.*.mlp.gate_up_proj"] == "packed_colwise:64,64"
+    assert plan["model.layers.*.mlp.gate_up_proj"] == "colwise_packed:64,64"
     plan = plan_for(on_meta("phi3", num_key_value_heads=8), TP2)
-    assert plan["model.layers.*.self_attn.qkv_proj"] == "packed_colwise:32,32,32"
+    assert plan["model.layers.*.self_attn.qkv_proj"] == "colwise_packed:32,32,32"
 
 
 @pytest.mark.parametrize("model_type", models.ARCHITECTURES)
@@ -97,8 +97,8 @@ def from_config(model_type: str, **settings):
 def test_without_a_plan_in_transformers():
     """GPT-2: Conv1D, packed q/k/v that are not interleaved by head, learned positions, biases everywhere."""
     plan = plan_for(from_config("gpt2"), TP2)
-    assert plan["transformer.h.*.attn"] == "gather:heads,widths"
-    assert plan["transformer.h.*.attn.c_attn"] == "packed_colwise:64,64,64"
+    assert plan["transformer.h.*.attn"] == "split:heads,widths"
+    assert plan["transformer.h.*.attn.c_attn"] == "colwise_packed:64,64,64"
     assert plan["transformer.h.*.attn.c_proj"] == plan["transformer.h.*.mlp.c_proj"] == "rowwise"
     assert plan["transformer.h.*.mlp.c_fc"] == "colwise"
     assert plan["transformer.wpe"] == "whole" and plan["transformer.wte"] == "embedding:plain"
@@ -109,8 +109,8 @@ def test_without_a_plan_in_transformers():
 def test_experts_and_routers():
     plan = plan_for(from_config("qwen2_moe"), TP2)
     inside = {n.removeprefix("model.layers.*.mlp."): rule for n, rule in plan.items() if "layers.*.mlp" in n}
-    assert inside["experts"] == inside["gate"] == inside["shared_expert_gate"] == "replica"
-    assert inside["experts.gate_up_proj"] == "packed:-2,2" and inside["experts.down_proj"] == "split:-1"
+    assert inside["experts"] == inside["gate"] == inside["shared_expert_gate"] == "replicated_partial"
+    assert inside["experts.gate_up_proj"] == "shard_packed:-2,2" and inside["experts.down_proj"] == "shard:-1"
     assert inside["shared_expert.gate_proj"] == "colwise" and inside["shared_expert.down_proj"] == "rowwise"
 
 
@@ -118,14 +118,14 @@ def test_mla():
     plan = plan_for(from_config("deepseek_v3"), TP2)
     inside = {n.removeprefix("model.layers.*.self_attn."): rule for n, rule in plan.items() if "self_attn" in n}
     assert inside["q_b_proj"] == inside["kv_b_proj"] == "colwise" and inside["o_proj"] == "rowwise"
-    assert inside["q_a_proj"] == inside["kv_a_proj_with_mqa"] == inside["kv_a_layernorm"] == "replica"
+    assert inside["q_a_proj"] == inside["kv_a_proj_with_mqa"] == inside["kv_a_layernorm"] == "replicated_partial"
 
 
 def test_what_is_not_split_is_noted():
     plan = plan_for(from_config("qwen3_next"), TP2)
     (note,) = plan.notes
     assert note.startswith(
-        "model.layers.*.linear_attn (Qwen3NextGatedDeltaNet) is not split: the closest layout, gather; "
+        "model.layers.*.linear_attn (Qwen3NextGatedDeltaNet) is not split: the closest layout, split; "
     )
     assert note.endswith("is off by 1 in evaluation") and plan.sequence_parallel
     assert plan["model.layers.*.linear_attn"] == "whole"
@@ -135,12 +135,12 @@ def test_what_is_not_split_is_noted():
 NOT_SPLIT = {
     "doge": (
         "model.layers.0.self_attn",
-        "gather; colwise q_proj, k_proj, v_proj; rowwise o_proj; split:0 A",
+        "split; colwise q_proj, k_proj, v_proj; rowwise o_proj; shard:0 A",
         "RuntimeError in its dt_proj (Linear), linear of [2, 11, 32] and [4, 64]: mat1 and mat2 shapes cannot be multiplied",
     ),
     "bloom": (
         "transformer.h.0.self_attention",
-        "gather:heads; colwise query_key_value; rowwise dense",
+        "split:heads; colwise query_key_value; rowwise dense",
         "RuntimeError in its own forward, baddbmm of [8, 1, 11]: The expanded size of the tensor (4) must match",
     ),
 }
@@ -163,20 +163,20 @@ def test_why_a_block_is_not_split(model_type):
 def test_what_was_tried_of_a_block_that_is_split():
     """BLOOM's MLP adds the residual itself: as a term of each rank it is there twice."""
     first, taken = plan_for(from_config("bloom"), TP2).tried["transformer.h.*.mlp"]
-    assert first.layout[""] == "gather" and first.off_by.keys() == {"evaluation"} and first.off_by["evaluation"] > 0.1
-    assert taken.layout[""] == "gather:residual" and taken.adds_up
+    assert first.layout[""] == "split" and first.off_by.keys() == {"evaluation"} and first.off_by["evaluation"] > 0.1
+    assert taken.layout[""] == "split:residual" and taken.adds_up
     assert taken.off_by.keys() == {"evaluation", "training"} and max(taken.off_by.values()) < 1e-6
 
 
 def test_why_not_names_the_closest():
     far, near = (
-        Trial("MLP", {"": "gather", "up": rule}, {"evaluation": off}) for rule, off in (("a", 2.0), ("b", 0.25))
+        Trial("MLP", {"": "split", "up": rule}, {"evaluation": off}) for rule, off in (("a", 2.0), ("b", 0.25))
     )
-    failed = Trial("MLP", {"": "gather"}, error="RuntimeError")
-    assert why_not([failed, far, near]) == "the closest layout, gather; b up, is off by 0.25 in evaluation"
+    failed = Trial("MLP", {"": "split"}, error="RuntimeError")
+    assert why_not([failed, far, near]) == "the closest layout, split; b up, is off by 0.25 in evaluation"
     assert why_not([failed]) == "the first layout, gather, ends in RuntimeError"
     assert why_not([]) == "no layout is known for it"
-    nan = Trial("MLP", {"": "gather"}, {"evaluation": 0.0, "training": float("nan")})
+    nan = Trial("MLP", {"": "split"}, {"evaluation": 0.0, "training": float("nan")})
     assert not nan.adds_up and nan.outcome == "off by nan in training"
 
 
@@ -218,7 +218,7 @@ def test_rows_of_shared_kv_heads():
         list(range(32, 64))
     ]
     plan = plan_for(from_config("llama", num_key_value_heads=4, num_attention_heads=8), TPSPConfig(tp_size=4))
-    assert plan["model.layers.*.self_attn"] == "gather:groups"
+    assert plan["model.layers.*.self_attn"] == "split:groups"
     assert plan["model.layers.*.self_attn.k_proj"] == "colwise_gathered:32@2"
 
 
@@ -247,7 +247,7 @@ def test_cli_table(tmp_path, capsys):
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:6]] for cells in lines}
     assert rows["model.layers.*.mlp"] == [
         "Phi3MLP",
-        "gather",
+        "split",
         "all-gather, reduce-scatter",
         "2 all-gathers, reduce-scatter",
     ]
@@ -268,7 +268,7 @@ def test_cli_notes_and_parameters(capsys):
     text = printed(capsys, "qwen3_next")
     assert "- model.layers.*.linear_attn (Qwen3NextGatedDeltaNet) is not split: the closest layout" in text
     assert "model.layers.*.mlp.experts Qwen3NextExperts replica" in text
-    assert "model.layers.*.mlp.experts.gate_up_proj Parameter packed:-2,2" in text
+    assert "model.layers.*.mlp.experts.gate_up_proj Parameter shard_packed:-2,2" in text
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn", "model.layers.*.self_attn"])
@@ -276,14 +276,14 @@ def test_cli_why(capsys, name):
     text = printed(capsys, "doge", "--why", name)
     assert "model.layers.*.self_attn (DogeAttention), tp 2: whole" in text
     assert "RuntimeError in its own forward, add of [2, 2, 11, 11] and [2, 4, 11," in text
-    assert "gather; colwise q_proj, k_proj, v_proj" in text and "taken" not in text.partition("- model")[0]
+    assert "split; colwise q_proj, k_proj, v_proj" in text and "taken" not in text.partition("- model")[0]
     assert "- model.layers.*.self_attn (DogeAttention) is not split: the first layout" in text
 
 
 def test_cli_why_of_what_was_taken(capsys):
     text = printed(capsys, "bloom", "--why", "transformer.h.1.mlp")
-    assert "(BloomMLP), tp 2: gather:residual; colwise dense_h_to_4h; rowwise dense_4h_to_h" in text
-    assert re.search(r" 1 gather; .* off by 0\.\d+ in evaluation 2 gather:residual; .* taken, off by \S+e-\d+ in", text)
+    assert "(BloomMLP), tp 2: split:residual; colwise dense_h_to_4h; rowwise dense_4h_to_h" in text
+    assert re.search(r" 1 split; .* off by 0\.\d+ in evaluation 2 split:residual; .* taken, off by \S+e-\d+ in", text)
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "bloom", "--why", "transformer.h.0.self_atention"])
     assert (

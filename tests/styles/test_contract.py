@@ -69,13 +69,13 @@ def conv(width_in: int, width_out: int) -> Callable[[], nn.Module]:
     return make
 
 
-MLP_RULES = {"": "gather", "up": "colwise", "down": "rowwise", "act": "activation", "scale": "replica"}
+MLP_RULES = {"": "split", "up": "colwise", "down": "rowwise", "act": "activation", "scale": "replicated_partial"}
 CASES = {
     "colwise": [
         Case(lambda: nn.Linear(HIDDEN, WIDTH), {"": "colwise"}, joined="cat"),
         Case(conv(HIDDEN, WIDTH), {"": "colwise"}, joined="cat"),
     ],
-    "packed_colwise": [Case(lambda: nn.Linear(HIDDEN, 8), {"": "packed_colwise:4,4"}, joined="pairs")],
+    "colwise_packed": [Case(lambda: nn.Linear(HIDDEN, 8), {"": "colwise_packed:4,4"}, joined="pairs")],
     "colwise_gathered": [
         Case(lambda: nn.Linear(HIDDEN, WIDTH), {"": "colwise_gathered"}, joined="alike"),
         Case(lambda: nn.Linear(HIDDEN, 8), {"": "colwise_gathered:4,4"}, joined="pairs"),
@@ -85,16 +85,16 @@ CASES = {
         Case(lambda: nn.Linear(WIDTH, HIDDEN), {"": "rowwise"}, width=WIDTH, given="features"),
         Case(conv(WIDTH, HIDDEN), {"": "rowwise"}, width=WIDTH, given="features"),
     ],
-    "rowwise_split": [Case(lambda: nn.Linear(WIDTH, HIDDEN), {"": "rowwise_split"}, width=WIDTH)],
-    "replica": [Case(lambda: nn.RMSNorm(HIDDEN), {"": "replica"}, joined="alike")],
-    "copy": [Case(lambda: nn.Linear(HIDDEN, HIDDEN), {"": "copy"}, joined="alike")],
+    "rowwise_sliced": [Case(lambda: nn.Linear(WIDTH, HIDDEN), {"": "rowwise_sliced"}, width=WIDTH)],
+    "replicated_partial": [Case(lambda: nn.RMSNorm(HIDDEN), {"": "replicated_partial"}, joined="alike")],
+    "replicated": [Case(lambda: nn.Linear(HIDDEN, HIDDEN), {"": "replicated"}, joined="alike")],
     "activation": [Case(nn.SiLU, {"": "activation"}, joined="alike")],
-    "gather": [
+    "split": [
         Case(MLP, MLP_RULES, given="stream", joined="stream"),
         Case(MLP, MLP_RULES, joined="alike"),
     ],
     "whole": [
-        Case(MLP, {"": "whole", "up": "colwise_whole", "down": "copy", "scale": "copy"}, given="stream", joined="stream whole"),
+        Case(MLP, {"": "whole", "up": "colwise_whole", "down": "replicated", "scale": "replicated"}, given="stream", joined="stream whole"),
     ],
     "norm": [Case(lambda: nn.RMSNorm(HIDDEN), {"": "norm"}, given="stream", joined="stream", simulates=False)],
     "stream": [Case(Scaled, {"": "stream"}, given="stream", joined="stream", simulates=False)],
@@ -173,7 +173,7 @@ def test_what_trains_is_what_was_proven(ranks, name, sequence_parallel):
         torch.testing.assert_close(joined(outputs, case.joined), expected)
         if case.simulates:
             proven = [simulated(case, config, rank).detach() for rank in range(RANKS)]
-            if name in ("gather",):
+            if name in ("split",):
                 torch.testing.assert_close(sum(proven), expected)
             else:
                 for output, of_rank in zip(outputs, proven, strict=True):
@@ -182,5 +182,5 @@ def test_what_trains_is_what_was_proven(ranks, name, sequence_parallel):
 
 def test_a_style_prints_itself():
     style = style_for("colwise_gathered:4,4", TPSPConfig(tp_size=2))
-    assert repr(style) == "GatheredColwise(forward: all-gather, backward: reduce-scatter)"
+    assert repr(style) == "ColwiseGathered(forward: all-gather, backward: reduce-scatter)"
     assert copy.copy(style).parts == ("4", "4")

@@ -61,7 +61,7 @@ def without_reduction(style: str, config: TPSPConfig) -> str:
 @pytest.mark.parametrize(
     ("style", "says"),
     [
-        ("Rowwise.term", "self_attn (LlamaAttention, laid out as 'gather:heads'"),
+        ("Rowwise.term", "self_attn (LlamaAttention, laid out as 'split:heads'"),
         (
             "Norm.is_partial",
             "the gradient of model.layers.0.input_layernorm.weight is another on rank 1 than on rank 0",

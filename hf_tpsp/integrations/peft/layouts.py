@@ -20,9 +20,9 @@ from ...config import TPSPConfig
 from ...state import style_of
 from ...structure import is_norm
 from ...styles.base import Style, TensorParallel
-from ...styles.block import Copy, Replica, Whole
+from ...styles.block import Replicated, ReplicatedPartial, WholeBlock
 from ...styles.head import Head
-from ...styles.linear import Colwise, GatheredColwise, PackedColwise, Rowwise, SplitRowwise, WholeColwise
+from ...styles.linear import Colwise, ColwiseGathered, ColwisePacked, ColwiseWhole, Rowwise, RowwiseSliced
 from ...styles.stream import Embedding, Norm
 from ...upstream.dtensor import StridedShard
 
@@ -74,7 +74,9 @@ def copy_layouts(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]
 def check_copied(original: nn.Module) -> None:
     """Raise `ValueError` unless a copy of `original`, a module of a sharded model, can be laid out as it is."""
     style = style_of(original)
-    if not isinstance(style, (Embedding, Head, Norm)) or (isinstance(style, Replica) and not is_norm(original)):
+    if not isinstance(style, (Embedding, Head, Norm)) or (
+        isinstance(style, ReplicatedPartial) and not is_norm(original)
+    ):
         raise ValueError(
             f"A {type(original).__name__} cannot be in `modules_to_save` on a sharded model: hf_tpsp supports the embedding, "
             "the head and norms. Adapt its linear layers instead (`target_modules`)."
@@ -85,8 +87,8 @@ def adapter_layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> li
     """The modules of the adapters on the layer `name`, and their layouts."""
     base = module.get_base_layer()
     style = style_of(base)
-    in_block = isinstance(style, (Colwise, Rowwise, Replica, Copy))
-    alone = isinstance(style, Whole) and not style.sequence_parallel  # else it has the stream, or something else
+    in_block = isinstance(style, (Colwise, Rowwise, ReplicatedPartial, Replicated))
+    alone = isinstance(style, WholeBlock) and not style.sequence_parallel  # else it has the stream, or something else
     if type(module) is not Linear or not (in_block or alone):
         raise ValueError(
             f"{name} ({type(module).__name__} on a {type(base).__name__}) cannot be adapted on a sharded model: hf_tpsp "
@@ -96,7 +98,7 @@ def adapter_layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> li
     for variant in module.lora_variant.values():
         if type(variant) is not DoraLinearVariant:
             raise ValueError(f"{name}: {type(variant).__name__} is not supported on a sharded model; use LoRA or DoRA.")
-        if isinstance(style, (GatheredColwise, WholeColwise, SplitRowwise)):
+        if isinstance(style, (ColwiseGathered, ColwiseWhole, RowwiseSliced)):
             raise ValueError(
                 f"{name}: DoRA is not supported on a layer whose output is gathered or whose input is whole, as it is here. "
                 "Leave it out of `target_modules`, or leave use_dora out."
@@ -104,14 +106,14 @@ def adapter_layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> li
     same = functools.partial(Adapter, config, Replicate())
     rows = Replicate()
     if isinstance(style, Rowwise):
-        a, b = Adapter(config, Shard(1), splits_input=isinstance(style, SplitRowwise)), same(is_sum=True)
-    elif isinstance(style, GatheredColwise):
+        a, b = Adapter(config, Shard(1), splits_input=isinstance(style, RowwiseSliced)), same(is_sum=True)
+    elif isinstance(style, ColwiseGathered):
         a, b = same(is_sum=True), same(is_sum=True, rows=style.rows)
-    elif isinstance(style, Colwise) and not isinstance(style, WholeColwise):
-        rows = StridedShard(0, split_factor=len(style.parts)) if isinstance(style, PackedColwise) else Shard(0)
+    elif isinstance(style, Colwise) and not isinstance(style, ColwiseWhole):
+        rows = StridedShard(0, split_factor=len(style.parts)) if isinstance(style, ColwisePacked) else Shard(0)
         a, b = same(is_sum=True), Adapter(config, rows)
     else:
-        a = b = same(is_sum=isinstance(style, Replica))
+        a = b = same(is_sum=isinstance(style, ReplicatedPartial))
     magnitude = Magnitude(config, rows, b.is_partial("weight"), style)
     matrices = (module.lora_A, a), (module.lora_B, b), (module.lora_magnitude_vector, magnitude)
     return [(matrix, layout) for group, layout in matrices for matrix in group.values()]

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ...config import TPSPConfig
 from ...loss.logits import LazyLogits
-from ...styles.block import Block, Whole, map_tensors
+from ...state import style_of
+from ...styles.block import Block, WholeBlock, map_tensors
 from ...upstream.autograd import in_backward
 from .comparison import Errors, backward, data_parallel_rank, larger, largest, relative, shard_batch
 
@@ -127,7 +128,7 @@ class Recorder:
         name = self.names[module]
         self.calls[name] += 1
         call = name, self.calls[name]
-        features = vars(module).get("_tpsp_rows")
+        features = getattr(style_of(module), "rows", None)
         features = features if isinstance(features, Tensor) else None  # an embedding's are its words
         self._made[id(output)], self.takers[call] = (output, call), []
         if isinstance(output, LazyLogits):
@@ -157,8 +158,8 @@ def is_within(name: str, outer: str) -> bool:
 
 def inside_split_blocks(model: nn.Module) -> set[str]:
     """The names of what stands inside blocks of which each rank computes a part."""
-    styles = {name: vars(module).get("_tpsp_style") for name, module in model.named_modules()}
-    blocks = [name for name, style in styles.items() if isinstance(style, Block) and not isinstance(style, Whole)]
+    styles = {name: style_of(module) for name, module in model.named_modules()}
+    blocks = [name for name, style in styles.items() if isinstance(style, Block) and not isinstance(style, WholeBlock)]
     return {name for name in styles if any(name != block and is_within(name, block) for block in blocks)}
 
 

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from ...config import TPSPConfig
 from ...plan.shrink import shrunk_model
 from ...sharding import shard
+from ...state import style_of
 from ...structure import decoder_layers
 from ...styles.stream import Enter
 from ..ranks import RankPool
@@ -157,7 +158,7 @@ def collectives_of(layer: nn.Module) -> dict[str, int]:
     """The collectives on the activations of a parallelized decoder layer, forward and backward."""
     found: Counter[str] = Counter()
     for module in layer.modules():
-        style = vars(module).get("_tpsp_style")
+        style = style_of(module)
         if style is None or isinstance(style, Enter):
             continue
         for count, kind in re.findall(
