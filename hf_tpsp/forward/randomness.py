@@ -41,8 +41,9 @@ logger = logging.get_logger(__name__)
 _DRAWING_NAMES = ("drop", "jitter", "noise")
 
 
-# Module → where the rates of what is inside it stand: the attributes of a part, or of a part's config, and a name there.
-_rates: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str]]] = weakref.WeakKeyDictionary()
+# Module → where the rates of what is inside it stand: a part, or a part's config, and the attribute's name. Weak on both sides: a
+# value that held its key would keep the model for good.
+_rates: weakref.WeakKeyDictionary[nn.Module, list[tuple[weakref.ref, str]]] = weakref.WeakKeyDictionary()
 
 
 def draws(module: nn.Module) -> bool:
@@ -50,7 +51,7 @@ def draws(module: nn.Module) -> bool:
     of the part's config. The rates are read each time, for a script may set them at any time."""
     if module not in _rates:
         _rates[module] = list(_rates_inside(module))
-    return any(isinstance(rate := owner.get(name), float) and rate > 0 for owner, name in _rates[module])
+    return any(isinstance(rate := getattr(owner(), name, None), float) and rate > 0 for owner, name in _rates[module])
 
 
 def look_again() -> None:
@@ -58,13 +59,13 @@ def look_again() -> None:
     _rates.clear()
 
 
-def _rates_inside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+def _rates_inside(module: nn.Module) -> Iterator[tuple[weakref.ref, str]]:
     for part in module.modules():
-        own = vars(part)
-        for owner in (own, vars(own["config"])) if hasattr(own.get("config"), "__dict__") else (own,):
-            yield from ((owner, name) for name in owner if any(word in name for word in _DRAWING_NAMES))
+        config = vars(part).get("config")
+        for owner in (part, config) if hasattr(config, "__dict__") else (part,):
+            yield from ((weakref.ref(owner), name) for name in vars(owner) if any(w in name for w in _DRAWING_NAMES))
         if isinstance(part, DROPOUTS):
-            yield own, "p"
+            yield weakref.ref(part), "p"
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def test_why_not_names_the_closest():
     )
     failed = Trial("MLP", {"": "split"}, error="RuntimeError")
     assert why_not([failed, far, near]) == "the closest layout, split; b up, is off by 0.25 in evaluation"
-    assert why_not([failed]) == "the first layout, gather, ends in RuntimeError"
+    assert why_not([failed]) == "the first layout, split, ends in RuntimeError"
     assert why_not([]) == "no layout is known for it"
     nan = Trial("MLP", {"": "split"}, {"evaluation": 0.0, "training": float("nan")})
     assert not nan.adds_up and nan.outcome == "off by nan in training"

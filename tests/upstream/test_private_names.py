@@ -20,6 +20,8 @@ ALLOWED = {
     # Operations, and where functional collectives are registered: for lists of what checkpointing keeps, and storages' identity.
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_c10d_functional", "_cdata",
+    # Python's own.
+    "_exit",
     # Settings that transformers keeps on models and configs.
     "_from_config", "_attn_implementation", "_experts_implementation", "_tp_plan",
 }  # fmt: skip

@@ -49,7 +49,7 @@ class Traffic:
         return Traffic(self.count * times, self.size * times, self.wire * times)
 
 
-CHECK_BYTES = 6 * 8
+CHECK_BYTES = 7 * 8
 """What a rank sends of its batch to be compared (`forward/batch_check.py`)."""
 
 

@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ...api import parallelize
 from ...collectives import stream_spec
 from ...config import TPSPConfig
-from ...sharding import keep_fp32_masters, shard
+from ...sharding import keep_fp32_masters
 from ...structure import decoder_layers
 from ...upstream.accelerate import cpu_state_of_its_own
 from ...upstream.fake import FakeTensorMode, fake_world, sgd
@@ -126,7 +127,7 @@ def simulate_step(config: PreTrainedConfig, choices: TPSPConfig, job: Job) -> St
 
         with torch.device("meta"):
             model = get_peft_model(model, LoraConfig(r=job.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
-    shard(model, choices)
+    parallelize(model, choices)
     if choices.mixed_precision == "bf16":
         keep_fp32_masters(model)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -179,10 +179,11 @@ def build(source: str, dtype: torch.dtype, vocabulary: int, settings: dict[str, 
         try:
             return shrunk_model(config, cls, dtype=dtype, vocabulary=vocabulary)
         except Exception as error:
-            where = "shrunk_model in hf_tpsp/plan/shrink.py knows the names of sizes"
-            if source in CONFIG_MAPPING:
-                where = f"what the default config of {source} lacks belongs in COMPLETED in hf_tpsp/tools/verify/verify.py; {where}"
-            raise ValueError(f"no small copy could be built ({type(error).__name__}: {error}); {where}.") from error
+            if source not in CONFIG_MAPPING:
+                raise
+            raise ValueError(
+                f"{error} (What the default config of {source} lacks belongs in COMPLETED in hf_tpsp/tools/verify/verify.py.)"
+            ) from error
 
 
 def read(source: str) -> tuple[PreTrainedConfig, type | None]:
