@@ -104,8 +104,8 @@ _scope: contextvars.ContextVar[RecomputeScope | None] = contextvars.ContextVar("
 
 
 def current_scope() -> RecomputeScope | None:
-    """The scope of the block whose forward is running, if it leaves anything out."""
-    return _scope.get()
+    """The scope of the block whose forward is running, if it leaves anything out. A compiled layer has none."""
+    return None if torch.compiler.is_compiling() else _scope.get()
 
 
 def is_active() -> bool:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import hf_tpsp
@@ -136,7 +136,8 @@ def whole_parameters(config: TPSPConfig, lora: bool) -> list[tuple[float, str]]:
 
 def whole_tensors_of_others() -> list[tuple[float, str]]:
     """A DTensor that is not ours, and has a mesh of the same shape and names, is as torch has it."""
-    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    # Not by `init_device_mesh`, of which the pool of ranks keeps the meshes.
+    mesh = DeviceMesh("cpu", torch.arange(4).view(1, 2, 2), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
     before = DTensor.full_tensor
     hf_tpsp.parallelize(models.build("qwen2", num_hidden_layers=1), MESHES["2x2"])
     hf_tpsp.parallelize(models.build("qwen2", num_hidden_layers=1), MESHES["2x2"])

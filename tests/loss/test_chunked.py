@@ -17,7 +17,7 @@ from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
 from hf_tpsp.loss import chunked
 from hf_tpsp.loss.cross_entropy import vocab_parallel_statistics
 from hf_tpsp.loss.logits import LazyLogits
-from hf_tpsp.styles.gradients import ReplicatedGradients
+from hf_tpsp.styles.base import TensorParallel
 from hf_tpsp.styles.head import LazyHead
 from hf_tpsp.tools.estimate.moments import measure_step
 from hf_tpsp.tools.estimate.recorders import CollectiveBytes
@@ -54,9 +54,9 @@ class Problem:
         self.sharded_head = nn.Linear(HIDDEN, vocab, bias=bias).to(dtype)
         self.sharded_head.load_state_dict(self.head.state_dict())
         style = LazyHead(TPSPConfig(tp_size=world, sequence_parallel=sequence_parallel))
-        gradients = ReplicatedGradients(self.mesh)
-        style.shard(self.sharded_head, gradients)
-        style.install(self.sharded_head, gradients)
+        tp = TensorParallel(self.mesh)
+        style.shard(self.sharded_head, tp)
+        style.install(self.sharded_head, tp)
         placement = Shard(1) if sequence_parallel else Replicate()
         self.stream = distribute_tensor(self.hidden.detach(), self.mesh, [placement]).requires_grad_()
 
