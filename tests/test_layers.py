@@ -1,6 +1,8 @@
 """Imports run one way. What stands above imports what stands below; imports inside functions count too."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "hf_tpsp"
@@ -94,6 +96,17 @@ def test_the_lazy_face_is_not_an_import_up():
 
     for name in hf_tpsp.__all__:
         assert getattr(hf_tpsp, name).__name__ == name
+
+
+def test_the_command_line_answers_without_torch():
+    """`--help` and `config`, for each of which importing torch and transformers took seconds."""
+    script = (
+        "import contextlib, io, sys; from hf_tpsp.cli import main\n"
+        "for arguments in (['--help'], ['config', '--tp', '2'], ['plan', '--help'], ['verify', '--help'], ['estimate', '--help']):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(arguments)\n"
+        "assert not {'torch', 'transformers', 'accelerate'} & sys.modules.keys(), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_no_file_is_too_long():
