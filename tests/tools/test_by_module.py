@@ -39,7 +39,7 @@ def own_term(model):
 
 def undivided_bias(model):
     """Each rank adds the whole bias."""
-    style_of(model.model.layers[1].self_attn.o_proj).term = lambda name, value, size: value
+    style_of(model.model.layers[1].self_attn.o_proj).as_partial = lambda name, value, size: value
 
 
 def own_words(model):
@@ -212,9 +212,7 @@ def test_what_stands_inside_a_block_is_not_suspected():
 
 
 def test_a_copy_that_cannot_be_built_says_what_to_extend():
-    with pytest.raises(
-        ValueError, match=r"COMPLETED in hf_tpsp/tools/verify/verify.py"
-    ):
+    with pytest.raises(ValueError, match=r"COMPLETED in hf_tpsp/tools/verify/verify.py"):
         build("llama", torch.float32, 131, {"hidden_act": "no such function"})
 
 

@@ -13,12 +13,13 @@ from hf_tpsp.loss import chunked
 from hf_tpsp.tools.estimate import simulate, step
 from hf_tpsp.tools.estimate.depth import depths
 from hf_tpsp.tools.estimate.simulate import Job, simulate_step, simulated_world
+from hf_tpsp.tools.estimate.step import CATEGORIES, Step
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # last: it has a parity.py too
 import estimate_truth
 
 
-def same_step(a: simulate.Step, b: simulate.Step) -> None:
+def same_step(a: Step, b: Step) -> None:
     assert (a.start == b.start).all()
     for x, y in zip(a.segments, b.segments, strict=True):
         assert x.name == y.name
@@ -104,7 +105,7 @@ def test_lora_trains_adapters_only():
     with simulated_world(2):
         lora = simulate_step(config, TPSPConfig(tp_size=2), Job(seq=32, dtype="fp32", lora=2))
         full = simulate_step(config, TPSPConfig(tp_size=2), Job(seq=32, dtype="fp32"))
-    gradients, optimizer = (simulate.CATEGORIES.index(name) for name in ("gradients", "optimizer"))
+    gradients, optimizer = (CATEGORIES.index(name) for name in ("gradients", "optimizer"))
     assert 0 < lora.most()[gradients] < full.most()[gradients] / 5
     assert lora.start[optimizer] < full.start[optimizer] / 5
 

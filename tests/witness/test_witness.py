@@ -38,7 +38,7 @@ def without_reduction(style: str, config: TPSPConfig) -> str:
         with mock.patch.object(stream.Norm, "is_partial", lambda self, name: False):
             return step(parallelized(config))
     model = parallelized(config)  # the proof would not let the others through: this is a defect that only the run has
-    if style == "Rowwise.term":  # each rank adds the whole bias
+    if style == "Rowwise.as_partial":  # each rank adds the whole bias
         patch = mock.patch.object(linear.Rowwise, "as_partial", lambda self, name, value, size: value)
     elif style == "Gather.leave_region":  # one rank's term, as if it were the sum
         patch = mock.patch.object(base, "scatter_sequence", collectives.slice_sequence)
@@ -61,7 +61,7 @@ def without_reduction(style: str, config: TPSPConfig) -> str:
 @pytest.mark.parametrize(
     ("style", "says"),
     [
-        ("Rowwise.term", "self_attn (LlamaAttention, laid out as 'split:heads'"),
+        ("Rowwise.as_partial", "self_attn (LlamaAttention, laid out as 'split:heads'"),
         (
             "Norm.is_partial",
             "the gradient of model.layers.0.input_layernorm.weight is another on rank 1 than on rank 0",
