@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import transformers.trainer
 from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
 
 
 def _add_callback(callback: TPSPCallback) -> Callable[[], None]:
-    callbacks = transformers.trainer.DEFAULT_CALLBACKS
+    callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks.append(callback)
     return lambda: callbacks.remove(callback)
 

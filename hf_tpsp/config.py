@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .sizes import size_of
 
@@ -75,7 +75,7 @@ class TPSPConfig:
     reshard_after_forward: bool = True
     check: str = "first"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("tp_size", "dp_shard_size", "dp_replicate_size"):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -108,7 +108,7 @@ class TPSPConfig:
         return self.dp_size * self.tp_size
 
     @classmethod
-    def from_accelerate(cls, **overrides) -> TPSPConfig:
+    def from_accelerate(cls, **overrides: Any) -> TPSPConfig:
         """The config of the preset that `accelerate launch` was given, read from the environment it exports.
 
         The choices that accelerate does not know are read from `HF_TPSP_<FIELD>` (`HF_TPSP_COMPILE=true`), for scripts that
@@ -191,7 +191,7 @@ class TPSPConfig:
 def _choices_in_environment(cls: type) -> dict[str, object]:
     """The fields that `HF_TPSP_<FIELD>` sets, sizes of the mesh excepted. Raises `ValueError` for others."""
     choices = {f"HF_TPSP_{f.name.upper()}": f for f in fields(cls) if f.type != "int"}
-    found = {}
+    found: dict[str, object] = {}
     for variable in (name for name in os.environ if name.startswith("HF_TPSP_")):
         if variable not in choices:
             raise ValueError(f"The environment sets {variable}; hf_tpsp reads {', '.join(choices)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -27,6 +28,7 @@ from .state import (
     cut_whole_tensors,
     gather_for_save,
     parallelized_model,
+    record_of,
     refuse_resize,
 )
 from .structure import decoder_layers, owners_of_layers
@@ -80,7 +82,7 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     dtensor.AVERAGE_WHOLE_PARAMETERS.keep_for(model)
     dtensor.average_on(mesh)
     # Placed on the instance, so a model that is not ours is never touched.
-    model._tpsp = Parallelized(config, mesh, plan, tp)
+    vars(model)["_tpsp"] = Parallelized(config, mesh, plan, tp)
     model._tp_plan = plan
     model.gather_sharded_state_dict_for_save = types.MethodType(gather_for_save, model)
     model.resize_token_embeddings = refuse_resize
@@ -115,7 +117,8 @@ def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) ->
 
     def placement(param: nn.Parameter) -> Shard | None:
         # A packed weight may be strided over TP on its first dimension; FSDP takes the other one then.
-        return Shard(1) if any(isinstance(p, dtensor.StridedShard) and p.dim == 0 for p in param.placements) else None
+        placements = cast(DTensor, param).placements
+        return Shard(1) if any(isinstance(p, dtensor.StridedShard) and p.dim == 0 for p in placements) else None
 
     layers = decoder_layers(model)
     for index, layer in enumerate(layers):
@@ -151,7 +154,7 @@ def set_mixed_precision(model: nn.Module) -> None:
 def keep_fp32_masters(model: nn.Module) -> None:
     """Cast what is trained to fp32: accelerate would cast only the outer dtype of a DTensor. Under adapters, the frozen
     base stays as it is."""
-    parallelized_model(model)._tpsp.tp.gradients.adapters_to(torch.float32)
+    record_of(model).tp.gradients.adapters_to(torch.float32)
     if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
         logger.info(
             "hf_tpsp: bf16 training keeps fp32 master weights; the model is cast to fp32, and saved in fp32 (one process "

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,11 @@ def parallelized_model(model: nn.Module) -> nn.Module:
     return next(module for module in model.modules() if "_tpsp" in vars(module))
 
 
+def record_of(model: nn.Module) -> Parallelized:
+    """What was done to the model inside `model`."""
+    return vars(parallelized_model(model))["_tpsp"]
+
+
 def build_mesh(config: TPSPConfig) -> DeviceMesh:
     """The `(dp_replicate, dp_shard, tp)` mesh over all ranks, starting the process group if nothing has yet.
 
@@ -61,14 +66,14 @@ def build_mesh(config: TPSPConfig) -> DeviceMesh:
     if not dist.is_initialized():  # one process, not launched as one of several
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sizes = (config.dp_replicate_size, config.dp_shard_size, config.tp_size)
-    meshes = _meshes.setdefault(dist.group.WORLD, {})
+    meshes = _meshes.setdefault(cast(dist.ProcessGroup, dist.group.WORLD), {})
     if sizes not in meshes:
         mesh = meshes[sizes] = init_device_mesh(state.device.type, sizes, mesh_dim_names=MESH_DIMS)
         c10d.flatten(mesh["dp_shard", "tp"])
     return meshes[sizes]
 
 
-def full_state_dict(model: PreTrainedModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+def full_state_dict(model: nn.Module, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
     """The whole tensors of a sharded model, on the CPU of rank 0; empty elsewhere. Every rank must call it.
 
     One parameter is gathered at a time, so no rank but the first ever holds more than one of them.
@@ -88,10 +93,10 @@ def full_state_dict(model: PreTrainedModel, state_dict: dict | None = None) -> d
 
 def saved_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a folder of `model` holds, as whole tensors on the CPU of rank 0: the model, or what a library that wraps it saves."""
-    return (parallelized_model(model)._tpsp.saved or full_state_dict)(model)
+    return (record_of(model).saved or full_state_dict)(model)
 
 
-def cut_whole_tensors(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
+def cut_whole_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
     """Cut whole tensors that are loaded into `module` as its parameters are. A hook of `load_state_dict`."""
     for name, parameter in module._parameters.items():
         value = state_dict.get(prefix + name)
@@ -103,14 +108,21 @@ def cut_whole_tensors(module: nn.Module, state_dict: dict, prefix: str, *args) -
             )
 
 
-def gather_for_save(self, model_to_save, state_dict, distributed_config=None, *, save_on_this_rank=True):
+def gather_for_save(
+    self: PreTrainedModel,
+    model_to_save: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    distributed_config: Any = None,
+    *,
+    save_on_this_rank: bool = True,
+) -> dict[str, torch.Tensor]:
     """`save_pretrained` of a sharded model: gather, unless the caller (the Trainer) has done so."""
     if any(isinstance(tensor, DTensor) for tensor in state_dict.values()):
         return full_state_dict(self, state_dict)
     return state_dict
 
 
-def refuse_resize(*args, **kwargs):
+def refuse_resize(*args: Any, **kwargs: Any) -> NoReturn:
     raise ValueError(
         "resize_token_embeddings cannot change a model that is already sharded. Resize it once before training, save it "
         "with save_pretrained in one process, and load that folder."

@@ -25,7 +25,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """`(in, out)` of a linear layer."""
-    return (module.nx, module.nf) if is_transposed(module) else (module.in_features, module.out_features)
+    layer: Any = module  # torch's stubs take its sizes for tensors
+    return (layer.nx, layer.nf) if is_transposed(module) else (layer.in_features, layer.out_features)
 
 
 def own_parameters(module: nn.Module) -> list[str]:
@@ -58,7 +59,7 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     if ruled & lists.keys():
         return {name: layers for name, layers in lists.items() if name in ruled}
     sizes = {name: sum(p.numel() for p in layers.parameters()) for name, layers in lists.items()}
-    kinds = {type(layer) for layer in lists[max(sizes, key=sizes.get)]}
+    kinds = {type(layer) for layer in lists[max(sizes, key=sizes.__getitem__)]}
     return {name: layers for name, layers in lists.items() if type(layers[0]) in kinds}
 
 

@@ -36,6 +36,8 @@ class LazyWhole(Tensor):
             is collective. None for what was detached from it.
     """
 
+    part: Tensor | None
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod

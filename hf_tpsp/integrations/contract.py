@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import sharding
 from ..config import TPSPConfig
 
 
@@ -21,11 +22,11 @@ class Integration:
             trainer is made, for its import may be slow. None: it is installed by `enable()`.
         refuses: of a trainer's arguments, those that would train something else than one process does: a sentence each.
         wraps: whether a model is a causal LM that the library has put parameters of its own around.
-        shard: shards such a model, in place.
+        shard: shards such a model, in place, and returns it.
     """
 
     install: Callable[[], Callable[[], None]]
     applies: Callable[[Any], bool] | None = None
     refuses: Callable[[Any], list[str]] = lambda args: []
     wraps: Callable[[nn.Module], bool] = lambda model: False
-    shard: Callable[[nn.Module, TPSPConfig], nn.Module] | None = None
+    shard: Callable[[Any, TPSPConfig], Any] = sharding.shard

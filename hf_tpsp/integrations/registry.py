@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,6 +15,8 @@ from .trainer import TRAINER
 from .trl import TRL
 
 INTEGRATIONS = (TRAINER, PEFT, TRL)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def install(handle: session.Enabled, args: Any = None) -> None:
@@ -35,9 +38,7 @@ def wraps(model: nn.Module) -> bool:
     return any(integration.wraps(model) for integration in INTEGRATIONS)
 
 
-def shard(model: nn.Module, config: TPSPConfig) -> nn.Module:
+def shard(model: Model, config: TPSPConfig) -> Model:
     """`sharding.shard`, or what the library that wraps `model` makes of it."""
-    for integration in INTEGRATIONS:
-        if integration.wraps(model):
-            return integration.shard(model, config)
-    return sharding.shard(model, config)
+    how: Callable[[Any, TPSPConfig], Any] = next((i.shard for i in INTEGRATIONS if i.wraps(model)), sharding.shard)
+    return how(model, config)

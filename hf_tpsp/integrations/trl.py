@@ -17,7 +17,7 @@ from torch import Tensor
 from ..forward.batch_check import beside
 from ..loss.cross_entropy import IGNORE_INDEX, vocab_parallel_statistics
 from ..loss.logits import keep_lazy
-from ..state import is_parallelized, parallelized_model
+from ..state import is_parallelized, record_of
 from ..upstream.patching import swap
 from .contract import Integration
 
@@ -50,7 +50,7 @@ def _patch_add_fused_lm_head(original: Callable) -> Callable:
     def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
         if not is_parallelized(model):
             return original(model, temperature, cast_lm_head_to_fp32, outputs)
-        if (loss := parallelized_model(model)._tpsp.config.loss) != "chunked":
+        if (loss := record_of(model).config.loss) != "chunked":
             raise ValueError(f"TRL's trainers need the chunked loss; this model has loss={loss!r}. Leave `loss` out.")
         if cast_lm_head_to_fp32 or not set(outputs) <= set(OUTPUTS):
             raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -45,14 +46,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         local_logits: Tensor,
         labels: Tensor,
         mesh: DeviceMesh,
         vocab_size: int,
         ignore_index: int,
         smoothing: float,
-    ):
+    ) -> Tensor:
         shape = torch.Size((labels.numel(), vocab_size))
         dtype = local_logits.dtype
         local_logits = local_logits.detach().to(torch.promote_types(dtype, torch.float32))
@@ -61,22 +62,32 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             logits = DTensor.from_local(
                 local_logits, mesh, [Shard(1)], run_check=False, shape=shape, stride=(vocab_size, 1)
             ).requires_grad_(needs_grad)
-            loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)
-            grad = torch.autograd.grad(loss, logits, torch.ones_like(loss))[0].to_local() if needs_grad else None
-        loss = loss.detach().to_local()
+            whole: Any = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)  # a DTensor
+            grads: Any = torch.autograd.grad(whole, logits, torch.ones_like(whole)) if needs_grad else None
+            grad = grads[0].to_local() if needs_grad else None
+        loss = whole.detach().to_local()
         if smoothing:
             loss, grad = _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, smoothing)
         ctx.save_for_backward(grad.to(dtype) if needs_grad else None, labels != ignore_index)
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad, valid = ctx.saved_tensors
         upstream = torch.where(valid, upstream, 0)  # which is infinite where there is no label at all
         return (grad * upstream.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
 
 
-def _smooth(loss, grad, local_logits, labels, mesh, vocab_size, ignore_index, smoothing):
+def _smooth(
+    loss: Tensor,
+    grad: Tensor | None,
+    local_logits: Tensor,
+    labels: Tensor,
+    mesh: DeviceMesh,
+    vocab_size: int,
+    ignore_index: int,
+    smoothing: float,
+) -> tuple[Tensor, Tensor | None]:
     """Label smoothing on top of the cross entropy: `(1 - e) * nll - e * mean_v(log p_v)`.
 
     As `nll = lse - x_y` and `-mean_v(log p_v) = lse - mean_v(x_v)`, that is `nll + e * (x_y - mean_v(x_v))`, with
@@ -169,8 +180,8 @@ def vocab_parallel_statistics(
     _check(logits, labels, ignore_index)
     if not isinstance(logits, (LazyLogits, DTensor)):
         return _statistics_of_whole(logits, labels, ignore_index)
-    if not logits.is_chunked:
-        return _statistics_of_whole(logits.read(), labels, ignore_index)
+    if isinstance(logits, DTensor) or not logits.is_chunked:
+        return _statistics_of_whole(logits.full_tensor(), labels, ignore_index)
     logits.spend()
     head, tensors = _chunked_head(logits, ignore_index, 0.0, statistics=True)
     found = token_statistics(head, *tensors, labels.reshape(-1).to(logits.device))
@@ -208,13 +219,15 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     require_inside("labels", labels, logits.shape[-1], ignore_index)
 
 
-def _chunked_head(logits: LazyLogits, ignore_index: int, smoothing: float, statistics: bool):
+def _chunked_head(
+    logits: LazyLogits, ignore_index: int, smoothing: float, statistics: bool
+) -> tuple[ChunkedHead, tuple[Tensor, Tensor, Tensor | None]]:
     """The head of `logits`, and its tensors: hidden states, weight and bias, as plain local ones."""
     hidden = logits.hidden
     if hidden.placements != (SEQUENCE,):  # or replicated
         hidden = hidden.redistribute(placements=[Replicate()])
     with (logits.with_weights or contextlib.nullcontext)():
-        weight, bias = logits.parameters()
+        weight, bias = cast(Callable, logits.parameters)()  # which chunked logits have
     head = ChunkedHead(
         hidden.device_mesh, hidden.placements, hidden.shape, logits.shape[-1], logits.pointwise, ignore_index,
         smoothing, statistics,
@@ -230,7 +243,7 @@ def causal_lm_loss(
     ignore_index: int = IGNORE_INDEX,
     shift_labels: Tensor | None = None,
     label_smoothing: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> Tensor:
     """transformers' `ForCausalLMLoss` on vocabulary shards: the same arguments, the same scalar.
 
@@ -238,8 +251,8 @@ def causal_lm_loss(
     `num_items_in_batch` the sum is divided by it, else by the number of labels that are not ignored.
     """
     if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        shift_labels = F.pad(cast(Tensor, labels), (0, 1), value=ignore_index)[..., 1:]
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if num_items_in_batch is None:
         return vocab_parallel_cross_entropy(logits, shift_labels, reduction="mean", **options)
     total = vocab_parallel_cross_entropy(logits, shift_labels, reduction="sum", **options)
@@ -259,10 +272,16 @@ def on_shards(loss_function: Callable) -> Callable:
 
         @functools.wraps(ForCausalLMLoss)
         def loss(
-            logits, labels, vocab_size, num_items_in_batch=None, ignore_index=IGNORE_INDEX, shift_labels=None, **kwargs
-        ):
+            logits: Tensor,
+            labels: Tensor | None,
+            vocab_size: int,
+            num_items_in_batch: Tensor | None = None,
+            ignore_index: int = IGNORE_INDEX,
+            shift_labels: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Tensor:
             # The plan leaves the logits whole where the head is part of a larger module.
-            compute = causal_lm_loss if isinstance(logits, (LazyLogits, DTensor)) else ForCausalLMLoss
+            compute: Callable = causal_lm_loss if isinstance(logits, (LazyLogits, DTensor)) else ForCausalLMLoss
             return compute(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
 
     else:
@@ -272,9 +291,9 @@ def on_shards(loss_function: Callable) -> Callable:
         )
 
         @functools.wraps(loss_function, updated=())
-        def loss(*args, **kwargs):
+        def loss(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree_map_only((LazyLogits, DTensor), lambda x: x.full_tensor(), (args, kwargs))
             return loss_function(*args, **kwargs)
 
-    loss._tpsp_on_shards = True
+    loss._tpsp_on_shards = True  # type: ignore[attr-defined]  # a function takes any attribute
     return loss

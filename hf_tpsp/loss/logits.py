@@ -76,6 +76,11 @@ class LazyLogits(Tensor):
         pointwise: what has been noted down: functions of logits `[…, columns]` and of the number of their first column.
     """
 
+    hidden: DTensor
+    parameters: Callable[[], tuple[Tensor, Tensor | None]] | None
+    pointwise: tuple[Callable[[Tensor, int], Tensor], ...]
+    with_weights: Callable[[], contextlib.AbstractContextManager] | None
+
     @staticmethod
     def __new__(cls, hidden: DTensor, head: nn.Module, run: Callable[[DTensor], DTensor], parameters: Callable | None):
         shape, grad = (*hidden.shape[:-1], head.out_features), torch.is_grad_enabled() and hidden.requires_grad
@@ -96,7 +101,7 @@ class LazyLogits(Tensor):
         self.origin: LazyLogits | None = None  # what came from the head, if these came from it
         self._is_spent = False
         # What the head runs in once the model's forward is over, when FSDP may have freed its weight; None before.
-        self.with_weights: Callable | None = None
+        self.with_weights = None
         return self
 
     def __init__(self, *args, **kwargs):

@@ -175,9 +175,10 @@ class Style:
     @contextlib.contextmanager
     def local_parameters(self, module: nn.Module, tp: TensorParallel) -> Iterator[None]:
         """While inside, the module's own parameters are plain local tensors."""
-        params = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
+        params: dict[str, Any] = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
+        own: dict[str, Any] = module._parameters  # plain tensors, for a while
         for name, param in params.items():
-            module._parameters[name] = self.local_value(module, name, param, tp)
+            own[name] = self.local_value(module, name, param, tp)
         try:
             yield
         finally:

@@ -140,7 +140,7 @@ class Block(Style):
                     setattr(owner, name, max(1, whole // size))
 
     @staticmethod
-    def of(module: nn.Module):
+    def of(module: nn.Module) -> Any:
         """Who knows the number of heads."""
         return module if any(hasattr(module, n) for n in HEADS) else getattr(module, "config", None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,9 +42,9 @@ class ReplicatedGradients:
         self._armed: weakref.ref | None = None
         # Of those modules, out of the ones that hold the layers, whose forward is running (`outputs.py`).
         self.depth = 0
-        self._set_aside: list[tuple[nn.Parameter, DTensor]] = []
+        self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
         self.keeps_terms = True  # of the adapters; else they come into `.grad`
-        self._terms: dict[int, tuple[nn.Parameter, Tensor]] = {}  # in the running backward
+        self._terms: dict[int, tuple[DTensor, Tensor]] = {}  # in the running backward
         self._handles: list = []
         self._hooks: list[tuple[nn.Parameter, dict]] = []
 
@@ -89,7 +90,7 @@ class ReplicatedGradients:
             return param.to_local(grad_placements=param.placements)
         return _LocalReplica.apply(param, self, is_adapter and self.keeps_terms)
 
-    def add_term(self, param: nn.Parameter, grad: Tensor) -> None:
+    def add_term(self, param: DTensor, grad: Tensor) -> None:
         """Add one rank's term to the gradient of an adapter's `param`."""
         _, before = self._terms.get(id(param), (None, None))
         self._terms[id(param)] = (param, grad.clone() if before is None else before + grad)
@@ -141,9 +142,9 @@ class ReplicatedGradients:
         _all_reduce(terms(self.summed()), self.mesh.get_group())
         for group in self._averages:
             _all_reduce(terms(adapters), group, average=True)
-        for param, term in self._terms.values():
-            grad = DTensor(term, param._spec, requires_grad=False)
-            param.grad = grad if param.grad is None else param.grad.add_(grad)
+        for adapter, term in self._terms.values():
+            grad = DTensor(term, adapter._spec, requires_grad=False)
+            adapter.grad = grad if adapter.grad is None else adapter.grad.add_(grad)
         hooks = self._hooks
         self._restore()
         self._armed = None
@@ -190,13 +191,13 @@ class _LocalReplica(torch.autograd.Function):
     an adapter it keeps for the sum."""
 
     @staticmethod
-    def forward(ctx, param: DTensor, gradients: ReplicatedGradients, is_adapter: bool) -> Tensor:
+    def forward(ctx: Any, param: DTensor, gradients: ReplicatedGradients, is_adapter: bool) -> Tensor:
         ctx.spec, ctx.gradients, ctx.adapter = param._spec, gradients, param if is_adapter else None
         local = param._local_tensor
         return local.view_as(local)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         autograd.check_accumulates(ctx.next_functions[0][0])
         ctx.gradients.arm()
         if ctx.adapter is not None:

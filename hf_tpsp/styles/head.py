@@ -39,16 +39,17 @@ class Head(Style):
             hidden = DTensor.from_local(hidden, tp.mesh, [Replicate()], run_check=False)
 
         def parameters() -> tuple[Tensor, Tensor | None]:
-            own = module._parameters
-            return tuple(
-                None if own[n] is None else self.local_value(module, n, own[n], tp) for n in ("weight", "bias")
-            )
+            own: dict[str, Any] = module._parameters
+            weight = self.local_value(module, "weight", own["weight"], tp)
+            return weight, None if own["bias"] is None else self.local_value(module, "bias", own["bias"], tp)
+
+        vocab_size: Any = module.out_features  # torch's stubs take it for a tensor
 
         def run(hidden: DTensor) -> DTensor:
             local = hidden if self.sequence_parallel else hidden.to_local(grad_placements=hidden.placements)
             with self.local_parameters(module, tp):
                 logits = inner(enter_region(local, tp.mesh))
-            return sharded_features(logits, module.out_features, tp.mesh)
+            return sharded_features(logits, vocab_size, tp.mesh)
 
         return LazyLogits(hidden, module, run, parameters if self.is_chunked else None)
 

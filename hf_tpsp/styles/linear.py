@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,15 @@ class Colwise(Style):
 
     def adjust(self, module: nn.Module, rank: int, size: int) -> None:
         if is_transposed(module):  # its forward reads the width of its output
-            self.width = module.nf
-            module.nf = len(rows_of((str(module.nf),), rank, size))
+            layer: Any = module  # torch's stubs take its sizes for tensors
+            self.width = layer.nf
+            layer.nf = len(rows_of((str(layer.nf),), rank, size))
 
     def rows_on(self, device: torch.device) -> Tensor:
-        if self.rows.device != device:
-            self.rows = self.rows.to(device)
-        return self.rows
+        rows: Any = self.rows  # there are some where they are asked for
+        if rows.device != device:
+            rows = self.rows = rows.to(device)
+        return rows
 
     def gather_features(self, local: Tensor, module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> Tensor:
         """This rank's output features → those of all ranks. `gradient`: of the result, on the ranks."""
@@ -64,7 +66,7 @@ class ColwisePacked(Colwise):
     def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
         if name == "bias":
             return Replicate()
-        return StridedShard(super().placement(module, name, param).dim, split_factor=len(self.parts))
+        return StridedShard(cast(Shard, super().placement(module, name, param)).dim, split_factor=len(self.parts))
 
     def is_partial(self, name: str) -> bool:
         return name == "bias"
@@ -75,8 +77,8 @@ class ColwisePacked(Colwise):
 
     def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
         super().simulate_rank(module, rank, size)
-        if module.bias is not None:
-            module.bias = nn.Parameter(module.bias[self.rows])
+        if (bias := module._parameters["bias"]) is not None:
+            module.bias = nn.Parameter(bias[self.rows])
 
     def local_value(self, module: nn.Module, name: str, param: DTensor, tp: TensorParallel) -> Tensor:
         value = super().local_value(module, name, param, tp)

@@ -18,6 +18,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,10 +61,14 @@ class _LeftOut:
         return value
 
 
+_Packed = tuple[_LeftOut, torch.Size, tuple[int, ...], int | torch.SymInt]
+"""What autograd keeps of a view of a tensor that was left out: it, and the view's shape, stride and offset."""
+
+
 class RecomputeScope(saved_tensors_hooks):
     """A block's forward, in which autograd does not save the tensors that were noted with `leave_out`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         # By storage, which lives as long as this does; with the tensor's version, which an in-place operation raises.
         self._known: dict[int, tuple[_LeftOut, Tensor, int]] = {}
         super().__init__(self._pack, self._unpack)
@@ -73,7 +78,7 @@ class RecomputeScope(saved_tensors_hooks):
         it, it is saved after all."""
         self._known[tensor.untyped_storage()._cdata] = (_LeftOut(make), tensor, tensor._version)
 
-    def _pack(self, tensor: Tensor):
+    def _pack(self, tensor: Tensor) -> Tensor | _Packed:
         known = None if isinstance(tensor, DTensor) else self._known.get(tensor.untyped_storage()._cdata)
         if known is None or known[1]._version != known[2]:
             return tensor
@@ -81,18 +86,18 @@ class RecomputeScope(saved_tensors_hooks):
         return known[0], tensor.shape, tensor.stride(), tensor.storage_offset()
 
     @staticmethod
-    def _unpack(packed) -> Tensor:
+    def _unpack(packed: Tensor | _Packed) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         left_out, shape, stride, offset = packed
         return left_out.get().as_strided(shape, stride, offset)
 
-    def __enter__(self) -> RecomputeScope:
+    def __enter__(self) -> RecomputeScope:  # type: ignore[override]  # torch's gives nothing
         super().__enter__()
         self._token = _scope.set(self)
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         _scope.reset(self._token)
         for left_out, tensor, version in self._known.values():
             left_out.is_overwritten = tensor._version != version
@@ -118,7 +123,7 @@ class Recomputed(torch.autograd.Function):
     """`run(x, *parameters)`, of which only the arguments are kept; backward runs it again with gradients."""
 
     @staticmethod
-    def forward(ctx, run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.run = run
         ctx.autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
         ctx.save_for_backward(x, *parameters)
@@ -132,7 +137,7 @@ class Recomputed(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
         dtype, device = ctx.autocast or None, grad.device.type
@@ -172,7 +177,7 @@ def partial_product() -> Iterator[None]:
         _partial_product.reset(token)
 
 
-def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+def _policy(context: Any, op: Callable, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     keep = op in KEPT and not _partial_product.get()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

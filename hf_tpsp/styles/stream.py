@@ -28,6 +28,9 @@ class Embedding(Style):
     embedding and the first layer: all-reduce, none.)
     """
 
+    start: int  # of this rank's rows of the table
+    rows: int
+
     def __init__(self, config: TPSPConfig, *variants: str, **given: Any):
         super().__init__(config, **given)
         self.sequence_parallel &= "plain" not in variants
@@ -44,20 +47,21 @@ class Embedding(Style):
         super().install(module, tp)
 
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
+        embedding: Any = module  # torch's stubs take its sizes for tensors
         (ids,) = args or kwargs.values()
-        require_inside("input_ids", ids, module.num_embeddings)
+        require_inside("input_ids", ids, embedding.num_embeddings)
         start, rows = self.start, self.rows
         ids = ids - start
         foreign = (ids < 0) | (ids >= rows)
         # `padding_idx` keeps its row's gradient at zero; here it must name a row of this shard, or none.
-        padding_idx = module.padding_idx
+        padding_idx = embedding.padding_idx
         owned = padding_idx is not None and start <= padding_idx < start + rows
-        module.padding_idx = padding_idx - start if owned else None
+        embedding.padding_idx = padding_idx - start if owned else None
         try:
             with self.local_parameters(module, tp):
                 out = inner(ids.masked_fill(foreign, 0))
         finally:
-            module.padding_idx = padding_idx
+            embedding.padding_idx = padding_idx
         return self.leave_region(out.masked_fill(foreign.unsqueeze(-1), 0), tp.mesh)
 
 
@@ -159,7 +163,8 @@ def recomputed(module: nn.Module, inner: Callable, x: Tensor) -> Tensor:
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
         own = dict(module._parameters)
-        module._parameters.update(zip(names, values, strict=True))
+        parameters: dict[str, Any] = module._parameters  # plain tensors, for a while
+        parameters.update(zip(names, values, strict=True))
         try:
             return inner(x)
         finally:

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import hf_tpsp
 from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
 from hf_tpsp.integrations.trainer import patch_label_smoother
-from hf_tpsp.loss.cross_entropy import causal_lm_loss
+from hf_tpsp.loss.cross_entropy import causal_lm_loss, vocab_parallel_statistics
 from hf_tpsp.upstream.dtensor import loss_parallel as _loss_parallel
 
 
@@ -73,6 +73,28 @@ def test_bf16(ranks):
     """The loss is taken in fp32. Gradients are rounded to bf16 (2**-8) when saved and when multiplied."""
     for case, (loss, grad) in ranks.run(2, sweep, 131, torch.bfloat16)[0].items():
         assert loss < 1e-6 and grad < 2 * 2**-8, case
+
+
+def statistics() -> dict[str, float]:
+    """Errors of `vocab_parallel_statistics` of a DTensor, and of the gradient of its `nll`."""
+    logits, labels = problem()
+    mine, upstream = sharded(logits), torch.randn(labels.shape)
+    found = vocab_parallel_statistics(mine, labels)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    found.nll.backward(upstream)
+    expected.backward(upstream)
+    return {
+        "nll": parity.relative(found.nll, expected),
+        "gradient": parity.relative(mine.grad.full_tensor(), logits.grad),
+        "entropy": parity.relative(found.entropy, torch.distributions.Categorical(logits=logits).entropy()),
+        "mean_logit": parity.relative(found.mean_logit, logits.mean(-1)),
+        "is_top1": (found.is_top1 != (logits.argmax(-1) == labels)).sum().item(),
+    }
+
+
+def test_statistics_of_a_dtensor(ranks):
+    for found in ranks.run(2, statistics):
+        assert max(found.values()) < 1e-6, found
 
 
 def as_transformers() -> dict[str, tuple[float, float]]:
