@@ -25,7 +25,8 @@ class Rule(NamedTuple):
         shard:d                               over its dimension d (negative: from the end)
         shard_packed:d,n                      over dimension d, each of the n parts that lie one after the other in it by itself
         share                                 whole; each rank uses its share of it, so that the shares add up
-    Without sizes, as a layout is tried: `pair` (two equal projections), `qkv:name` (query, key and value; `name` closes the block).
+    Without sizes, as a layout is tried: `pair` (two equal projections), `qkv:name` (query, key and value, or any
+    three of which the last two are equal; `name` closes the block, and the first is as wide as what it takes).
     """
 
     name: str

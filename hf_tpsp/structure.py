@@ -23,6 +23,11 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether it is a convolution along the sequence that makes each channel of that channel alone."""
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """`(in, out)` of a linear layer."""
     layer: Any = module  # torch's stubs take its sizes for tensors

@@ -11,7 +11,7 @@ from transformers.activations import ACT2CLS
 from ..config import TPSPConfig
 from ..rules import Rule
 from ..sizes import HEADS, KV_HEADS
-from ..structure import features, own, own_parameters
+from ..structure import features, is_depthwise, own, own_parameters
 from .record import Call
 
 # Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
@@ -41,6 +41,8 @@ def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hi
     bases = list(translated(native, inside)) if native else []
     bases += [{**mlps, **base} for base in bases if mlps]
     bases += derived(block, inside, calls[""])
+    convolutions = {name: "depthwise" for name, module in inside.items() if name and is_depthwise(module)}
+    bases += [{**base, **convolutions} for base in bases if convolutions]
     bases += [{**mlps, **base} for base in stacked_experts(inside, hidden)]
     for base in bases:
         for variants in ([], ["heads"], ["heads", "widths"]):
@@ -150,7 +152,8 @@ def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> d
             sized[name] = packed_rule((first, *parts), inside[name], shared if kind == "qkv" else None, config)
         elif rule == "colwise" and shared and features(inside[name])[1] == shared * (own(block, ("head_dim",)) or 0):
             sized[name] = f"colwise_gathered:{features(inside[name])[1]}@{shared}"
-    if shared and not any("@" in rule for rule in sized.values()):
+    # A convolution after a projection of shared heads would have fewer channels than that gives it.
+    if shared and ("depthwise" in rules.values() or not any("@" in rule for rule in sized.values())):
         return None
     if shared:
         name, variants = Rule.parse(sized[""])

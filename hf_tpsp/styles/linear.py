@@ -1,4 +1,4 @@
-"""Linear layers inside a block, split over their output or their input features."""
+"""Linear layers inside a block, split over their output or their input features, and convolutions over their channels."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ class Colwise(Style):
         """This rank's output features → those of all ranks. `gradient`: of the result, on the ranks."""
         out = sharded_features(local, self.width or features(module)[1], mesh)
         return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
+
+
+class Depthwise(Colwise):
+    """A depthwise convolution split over its channels: weight `[channels, 1, kernel]` and bias. Input and output local; no collective."""
+
+    is_read_by_owner = True
+
+    def adjust(self, module: nn.Module, rank: int, size: int) -> None:
+        module.in_channels = module.out_channels = module.groups = len(rows_of((str(module.groups),), rank, size))
 
 
 class ColwisePacked(Colwise):

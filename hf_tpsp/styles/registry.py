@@ -7,7 +7,7 @@ from ..rules import Rule
 from .base import Style
 from .block import Activation, Replicated, ReplicatedPartial, SplitBlock, WholeBlock
 from .head import Head, LazyHead
-from .linear import Colwise, ColwiseGathered, ColwisePacked, ColwiseWhole, Rowwise, RowwiseSliced
+from .linear import Colwise, ColwiseGathered, ColwisePacked, ColwiseWhole, Depthwise, Rowwise, RowwiseSliced
 from .stream import Embedding, Enter, Norm, Stream
 
 STYLES: dict[str, type[Style]] = {
@@ -24,6 +24,7 @@ STYLES: dict[str, type[Style]] = {
     "colwise_packed": ColwisePacked,
     "colwise_gathered": ColwiseGathered,
     "colwise_whole": ColwiseWhole,
+    "depthwise": Depthwise,
     "rowwise": Rowwise,
     "rowwise_sliced": RowwiseSliced,
     "head": Head,

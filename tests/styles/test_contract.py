@@ -30,6 +30,35 @@ class MLP(nn.Module):
         return self.down(self.act(self.up(x))) * self.scale(x)
 
 
+class Convolution(nn.Module):
+    """A depthwise convolution `[batch, seq, channels]` that is called, or whose weight and bias are read."""
+
+    def __init__(self, is_called: bool):
+        super().__init__()
+        self.conv, self.is_called = nn.Conv1d(WIDTH, WIDTH, 3, padding=2, groups=WIDTH), is_called
+
+    def forward(self, x):
+        x, seq = x.transpose(1, 2), x.shape[1]
+        if self.is_called:
+            out = self.conv(x)
+        else:
+            out = nn.functional.conv1d(x, self.conv.weight, self.conv.bias, padding=2, groups=x.shape[1])
+        return out[..., :seq].transpose(1, 2)
+
+
+class GatedConvolution(nn.Module):
+    """Its entry packs three equal projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.entry, self.mixer = nn.Linear(HIDDEN, 3 * WIDTH), Convolution(is_called=False)
+        self.down = nn.Linear(WIDTH, HIDDEN)
+
+    def forward(self, x):
+        b, c, x = self.entry(x).chunk(3, -1)
+        return self.down(c * self.mixer(b * x))
+
+
 class Scaled(nn.Module):
     """A layer that has a parameter of its own, and meets the stream with it."""
 
@@ -70,6 +99,7 @@ def conv(width_in: int, width_out: int) -> Callable[[], nn.Module]:
 
 
 MLP_RULES = {"": "split", "up": "colwise", "down": "rowwise", "act": "activation", "scale": "replicated_partial"}
+GATED_RULES = {"": "split", "entry": "colwise_packed:8,8,8", "mixer.conv": "depthwise", "down": "rowwise"}
 CASES = {
     "colwise": [
         Case(lambda: nn.Linear(HIDDEN, WIDTH), {"": "colwise"}, joined="cat"),
@@ -81,6 +111,7 @@ CASES = {
         Case(lambda: nn.Linear(HIDDEN, 8), {"": "colwise_gathered:4,4"}, joined="pairs"),
     ],
     "colwise_whole": [Case(lambda: nn.Linear(HIDDEN, WIDTH), {"": "colwise_whole"}, joined="alike")],
+    "depthwise": [Case(lambda: Convolution(True), {"conv": "depthwise"}, width=WIDTH, given="features", joined="cat")],
     "rowwise": [
         Case(lambda: nn.Linear(WIDTH, HIDDEN), {"": "rowwise"}, width=WIDTH, given="features"),
         Case(conv(WIDTH, HIDDEN), {"": "rowwise"}, width=WIDTH, given="features"),
@@ -92,6 +123,7 @@ CASES = {
     "split": [
         Case(MLP, MLP_RULES, given="stream", joined="stream"),
         Case(MLP, MLP_RULES, joined="alike"),
+        Case(GatedConvolution, GATED_RULES, given="stream", joined="stream"),
     ],
     "whole": [
         Case(MLP, {"": "whole", "up": "colwise_whole", "down": "replicated", "scale": "replicated"}, given="stream", joined="stream whole"),
