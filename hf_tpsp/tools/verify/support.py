@@ -140,7 +140,7 @@ def markdown(verdicts: Iterable[Verdict], tp_size: int) -> str:
         "# Supported architectures",
         "",
         f"Made by `hf-tpsp verify --all` with transformers {transformers.__version__}: every causal-LM model type, on a small random copy "
-        f"(`hf_tpsp/shrink.py`), against one process: loss, the gradient of every parameter, and the weights after 2 steps of AdamW. "
+        f"(`hf_tpsp/plan/shrink.py`), against one process: loss, the gradient of every parameter, and the weights after 2 steps of AdamW. "
         f"The figures are the largest relative errors of loss and gradients, on FSDP 1 x TP {tp_size} with 131 words, 17 tokens and an "
         f"MoE's auxiliary loss, and on FSDP 2 x TP {tp_size} with 128 words and 16 tokens. The limit is 1e-5 in fp32; where that is exceeded, the "
         "run is made again in fp64, with a limit of 1e-6. No sequence parallel means tensor parallel with the stream on every "
