@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from .upstream import c10d
-from .upstream.dtensor import DTensorSpec, StridedShard, spec_of
+from .upstream.torch import c10d
+from .upstream.torch.dtensor import DTensorSpec, StridedShard, spec_of
 
 SEQUENCE = Shard(1)
 

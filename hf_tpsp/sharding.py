@@ -21,6 +21,7 @@ from .config import TPSPConfig
 from .forward import batch_check, options, outside, randomness
 from .forward.outputs import hand_out_whole
 from .forward.own_loss import patch_loss
+from .patching import WhileUsed
 from .plan.planner import plan_for
 from .state import (
     Parallelized,
@@ -35,8 +36,8 @@ from .structure import decoder_layers, owners_of_layers
 from .styles.apply import apply_plan, check_sharded, share_router_logits
 from .styles.base import TensorParallel
 from .styles.recompute import selective_contexts
-from .upstream import c10d, dtensor, fsdp2, transformers
-from .upstream.patching import WhileUsed
+from .upstream import transformers
+from .upstream.torch import c10d, dtensor, fsdp2
 from .witness.witness import Witness
 
 logger = logging.get_logger(__name__)

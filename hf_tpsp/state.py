@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .config import TPSPConfig, environment_flag
-from .upstream import c10d
+from .upstream.torch import c10d
 
 if TYPE_CHECKING:
     from .styles.base import Style, TensorParallel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .upstream.fake import is_fake
+from .upstream.torch.fake import is_fake
 
 
 class OutOfVocabulary(ValueError, IndexError):

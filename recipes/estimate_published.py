@@ -27,9 +27,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import hf_tpsp
 from hf_tpsp import sharding
 from hf_tpsp.forward import own_loss
+from hf_tpsp.patching import swap
 from hf_tpsp.styles import recompute
 from hf_tpsp.tools.estimate.hardware import GIB, Hardware
-from hf_tpsp.upstream.patching import swap
 
 # Model, GPUs, dp, tp, rows of a TP group, checkpointing, published GiB, and what else was different there.
 PUBLISHED = [

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..collectives import all_gather
 from ..fingerprint import MULTIPLIER, fingerprint, fingerprint_of_text, leaves
-from ..upstream.fake import is_fake
+from ..upstream.torch.fake import is_fake
 from ..vocabulary import ADVICE, OutOfVocabulary, stray
 from . import randomness
 

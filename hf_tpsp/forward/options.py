@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..upstream import fsdp2
+from ..upstream.torch import fsdp2
 
 REPLACES_LAYERS = "puts kernels that know nothing of the shards in place of the model's layers; leave it out"
 

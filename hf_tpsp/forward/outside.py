@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..collectives import SEQUENCE, gather_whole, slice_sequence
 from ..loss.logits import LazyLogits
-from ..upstream import autograd, fsdp2
-from ..upstream.autograd import without_inference_mode
+from ..upstream.torch import autograd, fsdp2
+from ..upstream.torch.autograd import without_inference_mode
 from .options import check_dtypes
 
 

@@ -29,11 +29,11 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from ..fingerprint import fingerprint
+from ..patching import WhileUsed
 from ..state import style_of
 from ..structure import DROPOUTS
-from ..upstream import dtensor
-from ..upstream.fake import is_simulated
-from ..upstream.patching import WhileUsed
+from ..upstream.torch import dtensor
+from ..upstream.torch.fake import is_simulated
 
 logger = logging.get_logger(__name__)
 

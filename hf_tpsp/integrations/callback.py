@@ -11,9 +11,9 @@ from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..forward.options import check_dtypes
+from ..patching import swap
 from ..sharding import set_mixed_precision
 from ..state import Parallelized, is_parallelized, parallelized_model
-from ..upstream.patching import swap
 from . import prepare, registry, session
 from .trainer import check_accelerator, check_parameters
 

@@ -16,11 +16,12 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.mixin import DistributedMixin
 from transformers.utils import logging
 
+from .. import patching
 from ..config import TPSPConfig
 from ..forward.options import REPLACES_LAYERS
 from ..sharding import shard
 from ..state import build_mesh
-from ..upstream import patching, transformers
+from ..upstream import transformers
 
 logger = logging.get_logger(__name__)
 

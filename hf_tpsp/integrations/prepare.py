@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..patching import swap
 from ..sharding import set_mixed_precision
 from ..state import is_parallelized
 from ..upstream.accelerate import prepare_beside_sharded
-from ..upstream.patching import swap
 from . import loading, registry, session
 from .trainer import check_accelerator, check_parameters
 

@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..launch import environment
+from ..patching import set_environment
 from ..upstream import accelerate, install, versions
-from ..upstream.patching import set_environment
 
 logger = logging.get_logger(__name__)
 

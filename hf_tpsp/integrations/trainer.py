@@ -16,7 +16,7 @@ from ..config import TPSPConfig
 from ..forward import batch_check
 from ..loss.cross_entropy import causal_lm_loss
 from ..loss.logits import LazyLogits
-from ..upstream.patching import swap
+from ..patching import swap
 from .contract import Integration
 
 # Optimizers that treat each element alike, whatever the shards; others look at whole rows, blocks or singular values.

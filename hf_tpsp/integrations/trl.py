@@ -17,8 +17,8 @@ from torch import Tensor
 from ..forward.batch_check import beside
 from ..loss.cross_entropy import IGNORE_INDEX, vocab_parallel_statistics
 from ..loss.logits import keep_lazy
+from ..patching import swap
 from ..state import is_parallelized, record_of
-from ..upstream.patching import swap
 from .contract import Integration
 
 CONFIGS = ("SFTConfig", "DPOConfig")

@@ -23,8 +23,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from ..collectives import SEQUENCE
-from ..upstream.autograd import without_inference_mode
-from ..upstream.dtensor import loss_parallel
+from ..upstream.torch.autograd import without_inference_mode
+from ..upstream.torch.dtensor import loss_parallel
 from ..vocabulary import require_inside
 from .chunked import ChunkedHead, TokenStatistics, summed_loss, token_statistics
 from .logits import LazyLogits

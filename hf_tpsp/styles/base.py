@@ -35,7 +35,7 @@ from ..collectives import ReduceFromRegion, local_slice, scatter_sequence, to_lo
 from ..config import TPSPConfig
 from ..rules import Rule
 from ..state import style_of
-from ..upstream.dtensor import StridedShard
+from ..upstream.torch.dtensor import StridedShard
 from .gradients import ReplicatedGradients
 
 

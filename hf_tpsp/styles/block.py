@@ -30,7 +30,7 @@ from ..loss.logits import LazyLogits
 from ..sizes import HEADS, KV_HEADS, WIDTHS
 from ..state import style_of
 from ..structure import is_norm
-from ..upstream import autograd
+from ..upstream.torch import autograd
 from . import recompute
 from .base import Style, TensorParallel, parts_read_by
 from .recompute import RecomputeScope, current_scope, regather

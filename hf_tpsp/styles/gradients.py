@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..forward import outside
-from ..upstream import autograd, fsdp2
+from ..upstream.torch import autograd, fsdp2
 
 
 class ReplicatedGradients:

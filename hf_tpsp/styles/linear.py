@@ -14,7 +14,7 @@ from torch.distributed.tensor.placement_types import Placement
 from ..collectives import CopyToRegion, chunk_of, local_slice, own_features, sharded_features
 from ..config import TPSPConfig
 from ..structure import features, is_transposed
-from ..upstream.dtensor import StridedShard
+from ..upstream.torch.dtensor import StridedShard
 from . import recompute
 from .base import Style, TensorParallel
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..collectives import all_gather_sequence
-from ..upstream import autograd
+from ..upstream.torch import autograd
 
 
 def overwritten() -> RuntimeError:

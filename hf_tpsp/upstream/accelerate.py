@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..config import environment_flag
-from .patching import set_environment
+from ..patching import set_environment
 
 
 def use_cpu_if_alone() -> Callable[[], None]:

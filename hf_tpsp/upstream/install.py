@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import accelerate, dtensor, transformers
-from .patching import swap
+from ..patching import swap
+from . import accelerate, transformers
+from .torch import dtensor
 
 
 def install() -> Callable[[], None]:

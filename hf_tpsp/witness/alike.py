@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..collectives import all_gather
 from ..config import TPSPConfig
 from ..fingerprint import PIECE, fingerprint, fingerprint_of_text
-from ..upstream.fsdp2 import sharded_parameter
+from ..upstream.torch.fsdp2 import sharded_parameter
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "hf_tpsp")
 

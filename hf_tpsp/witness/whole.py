@@ -22,9 +22,9 @@ from ..loss.cross_entropy import vocab_parallel_cross_entropy
 from ..structure import DROPOUTS
 from ..styles.head import Head
 from ..styles.stream import Embedding
-from ..upstream.fake import without_modes
-from ..upstream.modules import drop_hooks, without_hooks
 from ..upstream.peft import adapters_off
+from ..upstream.torch.fake import without_modes
+from ..upstream.torch.modules import drop_hooks, without_hooks
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference of a block from the whole block, by the dtype it computes in. An error of the layouts is of the

@@ -35,8 +35,8 @@ from ..styles.gradients import ReplicatedGradients
 from ..styles.head import Head
 from ..styles.registry import STYLES
 from ..styles.stream import Embedding, Norm
-from ..upstream.fake import is_fake
-from ..upstream.modules import without_compiled_code
+from ..upstream.torch.fake import is_fake
+from ..upstream.torch.modules import without_compiled_code
 from .alike import (
     compare_setup,
     compare_state,

@@ -17,7 +17,7 @@ import hf_tpsp
 from hf_tpsp import TPSPConfig, vocab_parallel_cross_entropy
 from hf_tpsp.integrations.trainer import patch_label_smoother
 from hf_tpsp.loss.cross_entropy import causal_lm_loss, vocab_parallel_statistics
-from hf_tpsp.upstream.dtensor import loss_parallel as _loss_parallel
+from hf_tpsp.upstream.torch.dtensor import loss_parallel as _loss_parallel
 
 
 def sharded(logits: torch.Tensor) -> DTensor:

@@ -30,6 +30,6 @@ def pytest_runtest_makereport(item):
     marks = [name for mark in item.iter_markers("still_needed") for name in mark.args]
     if marks and report.when == "call" and report.failed:
         places = ", ".join(
-            f"`{name.partition('.')[2]}` in hf_tpsp/upstream/{name.partition('.')[0]}.py" for name in marks
+            f"`{name.partition('.')[2]}` in hf_tpsp/upstream/…/{name.partition('.')[0]}.py" for name in marks
         )
         report.longrepr = f"{report.longrepr}\n\nupstream has mended what this test shows, or moved it: delete {places}"

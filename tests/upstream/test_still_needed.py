@@ -15,7 +15,7 @@ UNTESTED: dict[str, str] = {}
 def workarounds() -> set[str]:
     """`file.function` of everything in upstream/ whose docstring says when to delete it."""
     found = set()
-    for path in UPSTREAM.glob("*.py"):
+    for path in UPSTREAM.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and "Delete" in (ast.get_docstring(node) or ""):
                 found.add(f"{path.stem}.{node.name}")
@@ -42,7 +42,7 @@ def test_each_workaround_has_a_test():
 def test_each_test_is_about_something_that_is_there():
     names = {
         f"{path.stem}.{node.name}"
-        for path in UPSTREAM.glob("*.py")
+        for path in UPSTREAM.rglob("*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }

@@ -24,7 +24,7 @@ from ...styles.block import Replicated, ReplicatedPartial, WholeBlock
 from ...styles.head import Head
 from ...styles.linear import Colwise, ColwiseGathered, ColwisePacked, ColwiseWhole, Rowwise, RowwiseSliced
 from ...styles.stream import Embedding, Norm
-from ...upstream.dtensor import StridedShard
+from ...upstream.torch.dtensor import StridedShard
 
 
 class Adapter(Style):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 
+from ...patching import swap
 from ...state import is_parallelized, style_of
 from ...upstream import peft
-from ...upstream.patching import swap
 from .adapters import check_config, shard_adapters
 from .layouts import check_copied
 

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...upstream import c10d
-from ...upstream.fake import FakeTensor, address, flop_formulas, packet_of, storage_address, watched_resizes
+from ...upstream.torch import c10d
+from ...upstream.torch.fake import FakeTensor, address, flop_formulas, packet_of, storage_address, watched_resizes
 from .floors import RING_PASSES, Traffic
 
 FLOPS_OF = flop_formulas()

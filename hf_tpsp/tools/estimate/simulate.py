@@ -30,8 +30,8 @@ from ...config import TPSPConfig
 from ...sharding import keep_fp32_masters
 from ...structure import decoder_layers
 from ...upstream.accelerate import cpu_state_of_its_own
-from ...upstream.fake import FakeTensorMode, fake_world, sgd
-from ...upstream.fsdp2 import unsharded_numels
+from ...upstream.torch.fake import FakeTensorMode, fake_world, sgd
+from ...upstream.torch.fsdp2 import unsharded_numels
 from ...upstream.transformers import fused_attention
 from .depth import deepen, depths, layer_kinds, shortened
 from .floors import Traffic, check_floor, collective_floor, fsdp_floor

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...loss.chunked import ChunkedHead
+from ...patching import swapped
 from ...state import MESH_DIMS, parallelized_model
 from ...structure import decoder_layers
-from ...upstream.fake import address, is_fake, told_apart
-from ...upstream.patching import swapped
+from ...upstream.torch.fake import address, is_fake, told_apart
 from .floors import Traffic
 from .recorders import CollectiveBytes, Flops, TensorBytes, local_part
 

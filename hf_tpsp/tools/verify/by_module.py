@@ -28,7 +28,7 @@ from ...config import TPSPConfig
 from ...loss.logits import LazyLogits
 from ...state import style_of
 from ...styles.block import Block, WholeBlock, map_tensors
-from ...upstream.autograd import in_backward
+from ...upstream.torch.autograd import in_backward
 from .comparison import Errors, backward, data_parallel_rank, larger, largest, relative, shard_batch
 
 Call = tuple[str, int]

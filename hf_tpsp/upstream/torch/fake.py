@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
-from .patching import swapped
+from ...patching import swapped
 
 __all__ = [
     "FakeTensor",

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import loss_parallel as torch_loss_parall
 from torch.distributed.tensor.placement_types import Placement
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-from .patching import WhileUsed, swap
+from ...patching import WhileUsed, swap
 
 
 def spec_of(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
