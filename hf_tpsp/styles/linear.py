@@ -58,7 +58,8 @@ class Depthwise(Colwise):
     is_read_by_owner = True
 
     def adjust(self, module: nn.Module, rank: int, size: int) -> None:
-        module.in_channels = module.out_channels = module.groups = len(rows_of((str(module.groups),), rank, size))
+        own: Any = len(rows_of((str(module.groups),), rank, size))
+        module.in_channels = module.out_channels = module.groups = own
 
 
 class ColwisePacked(Colwise):
