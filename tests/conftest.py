@@ -33,7 +33,12 @@ def pytest_collection_finish():
 def ranks():
     """The session's rank pool: `ranks.run(world_size, function, …)`."""
     pool = RankPool(
-        preload=["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "transformers.models.qwen2.modeling_qwen2"]
+        preload=[
+            "plans",
+            "trl.trainer.dpo_trainer",
+            "trl.trainer.sft_trainer",
+            "transformers.models.qwen2.modeling_qwen2",
+        ]
     )
     yield pool
     pool.stop()

@@ -162,7 +162,7 @@ def train_beside(
     mesh: DeviceMesh,
     *,
     sums: bool = True,
-    clip: float | None = None,
+    norms: bool = False,
     rounding: bool = False,
     every_gradient: bool = False,
 ) -> Errors:
@@ -171,7 +171,7 @@ def train_beside(
     Args:
         steps: the micro-batches of each optimizer step, whose gradients accumulate.
         sums: whether the loss is a sum over `num_items_in_batch`, or else a mean.
-        clip: the norm to clip gradients to.
+        norms: compare the norm of all gradients too, as clipping to it would.
         every_gradient: compare the gradients of every step, not of the first alone.
     """
     # Weights whose gradient is rounding alone (a key's bias) get random signs from Adam: eps keeps them still.
@@ -192,11 +192,12 @@ def train_beside(
         errors.add("loss", relative_number(total.item() / (config.tp_size if sums else config.world_size), expected))
         if step == 0 or every_gradient:
             compare_gradients(reference, model, errors, rounding)
-        if clip is not None:
-            norms = [
-                float(full(torch.nn.utils.clip_grad_norm_(part.parameters(), clip))) for part in (reference, model)
-            ]
-            errors.add("norm", relative_number(norms[1], norms[0]))
+        if norms:
+            expected_norm, found_norm = (
+                float(full(torch.nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None])))
+                for part in (reference, model)
+            )
+            errors.add("norm", relative_number(found_norm, expected_norm))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
