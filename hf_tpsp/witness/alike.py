@@ -1,5 +1,4 @@
-"""Compares what ranks must hold alike: each makes a few int64 digests, and one gather over the job shows them to
-all."""
+"""Compares what ranks must hold alike: each makes a few int64 digests, and one gather shows them to the whole job."""
 
 from __future__ import annotations
 
