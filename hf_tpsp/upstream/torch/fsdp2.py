@@ -91,7 +91,7 @@ class HiddenGroup:
         """The group's own `unshard`, with which every forward and backward begins."""
         if self.is_hidden:
             self.is_hidden = False
-            # Whoever frees the gathered parameters meanwhile, as `state_dict` does, leaves the group sharded.
+            # The gathered parameters may have been freed meanwhile, as `state_dict` does.
             if self.group.is_unsharded:
                 for record in self.group.fsdp_params:
                     record.to_unsharded()
