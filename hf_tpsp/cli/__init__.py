@@ -1,7 +1,7 @@
 """`hf-tpsp`: make an accelerate config, print a plan, compare with one process, estimate a run, say what is installed.
 
-A file for each command: `add` says what it takes, `run` does it. What a command alone needs it imports in `run`, so that
-`--help` and `config` need neither torch nor transformers.
+Each command has a file: `add` declares its arguments, `run` executes it. A command imports what only it needs inside
+`run`, so that `--help` and `config` need neither torch nor transformers.
 """
 
 from __future__ import annotations

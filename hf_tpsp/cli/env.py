@@ -1,4 +1,4 @@
-"""`hf-tpsp env`: what a report of a problem should say of the machine."""
+"""`hf-tpsp env`: prints what a problem report should say about the machine."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         from ..tools.estimate.report import check_plot
 
-        check_plot()  # before minutes have passed
+        # A missing matplotlib is reported before the minutes of simulation, not after them.
+        check_plot()
     with Console(stderr=True).status("building the model") as status:
         found = estimate(**given, hardware=Hardware(**sizes, **numbers), progress=status.update)
     if args.write_config:
@@ -83,5 +84,5 @@ def run(args: argparse.Namespace) -> None:
     else:
         from ..tools.estimate.report import report
 
-        # A pipe gets the whole width; a terminal its own.
+        # A terminal has a width of its own; a pipe gets a fixed one.
         Console(width=None if sys.stdout.isatty() else 160).print(report(found))

@@ -1,4 +1,4 @@
-"""The sizes of a mesh, as the commands take them."""
+"""The command-line arguments for the sizes of a mesh."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
             raise
         plan = error.plan
     notes = plan.notes
-    # A pipe gets the whole width; a terminal its own. Names and shapes have brackets, which are no markup.
+    # A terminal has a width of its own; a pipe gets a fixed one. Names and shapes contain brackets, so markup is off.
     console = Console(width=None if sys.stdout.isatty() else 180, markup=False, highlight=False)
     if args.why:
         for table in tables_of_trials(model, plan, args.why, config.tp_size):
@@ -82,7 +82,7 @@ def read_config(source: str) -> PreTrainedConfig:
 
 
 def table_of_rules(model: PreTrainedModel, plan: Plan, config: TPSPConfig) -> Table:
-    """A row for each rule: of modules, and of the single parameters that have one."""
+    """A table with a row for each rule, whether a module's or a single parameter's."""
     from rich.table import Table
 
     from ..rules import rule_for, wildcard
@@ -117,10 +117,10 @@ def block_of(name: str) -> str:
 
 
 def tables_of_trials(model: PreTrainedModel, plan: Plan, name: str, tp_size: int) -> list[Table]:
-    """The layouts that were tried of the block `name`, a table for each class that goes by it.
+    """The layouts that were tried for the block `name`, in one table for each class of module that has this name.
 
     Raises:
-        ValueError: `name` is that of no block.
+        ValueError: no layout was tried for a block of this name.
     """
     from rich.table import Table
 

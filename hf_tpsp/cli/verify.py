@@ -130,7 +130,7 @@ def print_result(result: Result) -> None:
 
 
 def module_table(result: Result) -> Table:
-    """The errors of every module, in the order of execution, and what is above the limit in bold."""
+    """The errors of every module, in the order of execution, with those above the limit in bold."""
     from rich.table import Table
 
     table = Table(title="by module, in the order of execution: relative errors", title_justify="left")

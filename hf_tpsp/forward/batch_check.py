@@ -1,8 +1,11 @@
-"""All ranks of a TP group must be fed the same batch: they hold parts of one model. Nothing else would say if they are not,
-and the model would quietly train on a mixture. Nor would anything say of a token or a label that no rank has a row for: each
-would take it for another rank's.
+"""Checks that all ranks of a TP group are fed the same batch, and that its tokens and labels are in the vocabulary.
 
-Before each forward that trains or evaluates, the ranks exchange a few numbers about everything that the forward is given.
+The ranks of a TP group hold parts of one model. If they were fed different batches, nothing else would notice, and the
+model would quietly train on a mixture. Nothing else would notice a token or a label that no rank has a row for either,
+because each rank would take it for another rank's.
+
+Before each forward that trains or evaluates, the ranks exchange a few numbers about everything that the forward is
+given.
 """
 
 from __future__ import annotations
@@ -40,9 +43,12 @@ _beside: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def beside(**given: Any) -> Iterator[None]:
-    """While inside, `given` belongs to the batch of a forward that is not given it: TRL keeps the labels to itself. `_batch`
-    is all that a Trainer has, of which it may keep some for a loss of its own: of that only what differs is noticed, because
-    such a loss may take any labels."""
+    """While inside, compare `given` as part of the batch, although the forward is not given it.
+
+    TRL, for example, keeps the labels to itself. `_batch` is the whole batch of a Trainer, which may keep some of it
+    for a loss of its own. What it keeps is compared over the ranks, but not with the vocabulary, because such a loss
+    may take any labels.
+    """
     token = _beside.set({**(_beside.get() or {}), **given})
     try:
         yield
@@ -51,16 +57,19 @@ def beside(**given: Any) -> Iterator[None]:
 
 
 def install(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Compare the batch over the ranks before each forward of `model` that trains or evaluates: one all-gather of 56 bytes.
-    Generators that a script has seeded apart within a TP group take over the first rank's state meanwhile (`randomness.py`).
+    """Compare the batch over the ranks before each forward of `model` that trains or evaluates: one all-gather of 56
+    bytes. If a script has seeded the ranks of a TP group differently, they take over their first rank's state
+    (`randomness.py`).
 
-    The forward raises `ValueError`, on every rank, before anything is computed from the batch. A forward with gradients is
-    one of all ranks of `mesh`; one without, of those that share parameters: others may have another number of batches.
+    The forward raises `ValueError`, on every rank, before anything is computed from the batch. With gradients, all
+    ranks of the job take part. Without, only the ranks that share parameters do (`dp_shard` and `tp`), because other
+    replicas may have another number of batches.
     """
     inner, calls = model.forward, 0
     names = list(inspect.signature(inner).parameters)
 
-    @functools.wraps(inner)  # the Trainer reads its signature
+    # The Trainer reads the signature of the forward.
+    @functools.wraps(inner)
     def forward(*args, **kwargs):
         nonlocal calls
         given = {**(_beside.get() or {}), **dict(zip(names, args, strict=False)), **kwargs}
@@ -85,14 +94,16 @@ def check(model: nn.Module, given: dict[str, Any], mesh: DeviceMesh, step: int) 
     mine = torch.stack([*_digests(batch, device), randomness.digest(device), *edges])
     group = dist.group.WORLD if torch.is_grad_enabled() else mesh["dp_shard_tp"].get_group()
     everyones = all_gather(mine, group).view(group.size(), -1).cpu()
-    if is_fake(everyones):  # a simulated world (`hf_tpsp.estimate`): sizes, and no values to compare
+    # A simulated world (`hf_tpsp.estimate`) has sizes, and no values to compare.
+    if is_fake(everyones):
         return
     digests, edges = everyones[:, :3].unflatten(0, (-1, mesh["tp"].size())), everyones[:, 3:]
     same_batch, same_seed = (digests == digests[:, :1]).all(dim=(0, 1)).split([2, 1])
     sizes = torch.tensor([size for *_, size in ranges.values()])
     is_inside = bool(((edges[:, ::2] >= 0) & (edges[:, 1::2] < sizes)).all())
     if same_batch.all() and is_inside:
-        if not same_seed:  # all ranks see it alike
+        # All ranks see the same digests, so all of them enter this collective, or none.
+        if not same_seed:
             randomness.agree(mesh["tp"])
         return
     reports: list[Any] = [None] * group.size()
@@ -101,7 +112,8 @@ def check(model: nn.Module, given: dict[str, Any], mesh: DeviceMesh, step: int) 
 
 
 def _digests(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
-    """Two int64 on `device`: of the tensors in `batch`, and of all else that is in it."""
+    """Two int64 digests on `device`: one of the tensors' values in `batch`, one of the names, dtypes and other
+    values."""
     tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor)}
     total = torch.zeros((), dtype=torch.int64, device=device)
     for name, x in sorted(tensors.items()):
@@ -111,19 +123,20 @@ def _digests(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
 
 
 def _text(x: Any) -> str:
-    """What is compared of an argument beside a tensor's values: of those, what kind they are."""
+    """The text by which an argument is compared. For a tensor it is the kind of its values, which have their own
+    digest."""
     if isinstance(x, Tensor):
         return "integers" if x.dtype in INTEGERS else str(x.dtype)
     return repr(x) if isinstance(x, (bool, int, float, str)) else type(x).__name__
 
 
 def _numbers(batch: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of each argument, one by one."""
+    """Argument → what is compared of it, so that an error can name the arguments that differ."""
     return {n: (int(fingerprint(x)) if isinstance(x, Tensor) else None, _text(x)) for n, x in batch.items()}
 
 
 def vocabularies(model: nn.Module) -> dict[str, int]:
-    """Argument → number of rows that its values may name."""
+    """Argument → the size of the vocabulary that its values are indices of."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     sizes = {"input_ids": getattr(embedding, "num_embeddings", None)}
     sizes |= dict.fromkeys(LABELS, getattr(head, "out_features", None) if has_labels_of_words(model) else None)
@@ -131,13 +144,14 @@ def vocabularies(model: nn.Module) -> dict[str, int]:
 
 
 def has_labels_of_words(model: nn.Module) -> bool:
-    """Whether the model's loss is transformers' causal one; to another, a label may be anything."""
+    """Whether the model's loss is transformers' causal loss, whose labels are tokens. Another loss may take any
+    labels."""
     loss = model.loss_function
     return "CausalLM" in getattr(loss, "__name__", "") or getattr(loss, "__name__", "") == "causal_lm_loss"
 
 
 def _ranges(model: nn.Module, given: dict[str, Any], device: torch.device) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """For the tokens and the labels: the least, the largest, and the number that there may be."""
+    """For the tokens and for the labels: the smallest value, the largest value, and the size of the vocabulary."""
     sizes, zero = vocabularies(model), torch.zeros((), dtype=torch.int64, device=device)
     found = {"input_ids": (zero, zero, 1), "labels": (zero, zero, 1)}
     for name, size in sizes.items():

@@ -27,23 +27,28 @@ SELECTIVE = (
 
 
 def check_options(model: nn.Module) -> None:
-    """Raise `ValueError` naming an option that was set on `model` before it is sharded and that it could not follow then."""
+    """Raise `ValueError` naming an option of `model`, not sharded yet, that the sharded model could not follow."""
     for module in model.modules():
         if getattr(module, "_use_kernels", False):
             raise ValueError(f"use_kernels=True {REPLACES_LAYERS}.")
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, functools.partial) and getattr(module, "gradient_checkpointing", False):
-            if function.func is not checkpoint:  # transformers wraps it to offload
+            # transformers wraps `checkpoint` in a function of its own to offload.
+            if function.func is not checkpoint:
                 raise ValueError(f"{OFFLOAD}.")
             _check_arguments(function.keywords)
 
 
 def check_dtypes(model: nn.Module) -> None:
-    """Raise `ValueError` naming the parameters that are trained in another dtype than those which FSDP2 gathers, and reduces
-    the gradients of, together with them (transformers keeps some in fp32: `_keep_in_fp32_modules_strict`)."""
+    """Raise `ValueError` naming the parameters that are trained in another dtype than most of their FSDP2 group.
+
+    FSDP2 reduces the gradients of a group in one dtype. transformers keeps some parameters in fp32
+    (`_keep_in_fp32_modules_strict`).
+    """
     prefixes = {module: prefix for prefix, module in model.named_modules()}
     for group in fsdp2.fsdp_groups(model):
-        # As the modules have them: a loader has put them there, and FSDP2 looks again at its first forward.
+        # The parameters are read from the modules, where a loader has put them. FSDP2 looks there again at its first
+        # forward.
         places = map(fsdp2.place_of, group.fsdp_params)
         named = {f"{prefixes[module]}.{name}".lstrip("."): module._parameters[name] for module, name in places}
         trained = {name: p.dtype for name, p in named.items() if p.requires_grad}
@@ -59,10 +64,10 @@ def check_dtypes(model: nn.Module) -> None:
 
 
 def install(model: nn.Module) -> None:
-    """Have the models in `model`, which is sharded, refuse such an option when it is set."""
+    """Have each transformers model inside the sharded `model` refuse such an option when a script sets it."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            # On the instances: by whichever name the script calls it, transformers comes here.
+            # The instance's methods are replaced, because transformers calls them whichever public name a script uses.
             module._activation_checkpointing_enable = _checked(module._activation_checkpointing_enable)
             module.set_use_kernels = _without_kernels
 
@@ -71,7 +76,8 @@ def _checked(enable):
     @functools.wraps(enable)
     def _activation_checkpointing_enable(activation_checkpointing_kwargs=None, every_n_layers=1, offload=False):
         arguments = dict(activation_checkpointing_kwargs or {})
-        # TrainingArguments takes these two in the dictionary; the method would hand them on to torch, which refuses them.
+        # TrainingArguments takes these two in the dictionary; the method would hand them on to torch, which refuses
+        # them.
         every_n_layers = arguments.pop("every_n_layers", every_n_layers)
         if arguments.pop("offload", False) or offload:
             raise ValueError(f"{OFFLOAD}.")

@@ -1,8 +1,8 @@
-"""What a model returns to its caller is whole: hidden states, attentions and whatever else, as well as the loss.
+"""Makes whole what a model returns to its caller: hidden states, attentions and whatever else, as well as the loss.
 
-Inside the model the stream is sharded over the sequence, and each rank has the attention weights of its own heads. The caller
-gets a `LazyWhole` in their place: a plain tensor of the whole shape, which is gathered when somebody computes with it. That is
-collective: every rank of the TP group must do it. What nobody reads costs nothing.
+Inside the model the stream is sharded over the sequence, and each rank has the attention weights of its own heads. The
+caller gets a `LazyWhole` in their place: a plain tensor of the whole shape, which is gathered when somebody computes
+with it. Gathering is collective, so every rank of the TP group must do it. A tensor that nobody reads costs nothing.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from ..collectives import SEQUENCE, all_gather, all_gather_sequence, own_part
 
 
 class LazyWhole(Tensor):
-    """A whole tensor of which each rank has a part, gathered at the first operation on it. Shape, dtype and device are known.
+    """A whole tensor of which each rank has a part, gathered at the first operation on it. Shape, dtype and device are
+    known.
 
     To autograd it is an ordinary tensor. Its gradient, which all ranks of the TP group compute alike, goes back to each
     rank's own part of it, once.
 
     Args:
-        shape: of the whole. like: has its dtype and device.
-        read: a list of one: a function that gives the whole tensor, and is collective; or the tensor, once it has been read.
+        shape: shape of the whole tensor.
+        like: a tensor with the dtype and the device of the whole.
+        read: a list of one element: a collective function that gives the whole tensor, or the tensor once it has been
+            read.
 
     Attributes:
-        part: this rank's heads, if it is made of heads, for a block that takes them.
-        source: the tensor of the model's that it was made of; take: whole gradient → that of `source`; give: the reverse, which
-            is collective. None for what was detached from it.
+        part: this rank's heads, for a block that takes them; None if the tensor is not made of heads.
+        source: the model's tensor that this one was made from; None if it needs no gradient, or on a detached copy.
+        take: maps the gradient of the whole to the gradient of `source`; None where `source` is.
+        give: the reverse of `take`, which is collective; None where `source` is.
     """
 
     part: Tensor | None
@@ -52,7 +56,8 @@ class LazyWhole(Tensor):
 
     def whole(self) -> Tensor:
         """The plain tensor, without gradient. Every rank of the TP group must call it."""
-        if callable(self._read[0]):  # shared with what was detached from it
+        # Detached copies share the list, so the tensor is gathered once for all of them.
+        if callable(self._read[0]):
             with torch.no_grad():
                 self._read[0] = self._read[0]().contiguous()
         return self._read[0]
@@ -63,17 +68,18 @@ class LazyWhole(Tensor):
             return cls(args[0].shape, args[0], args[0]._read)
         plain_args, plain_kwargs = tree_map_only(LazyWhole, LazyWhole.whole, (args, kwargs or {}))
         out = func(*plain_args, **plain_kwargs)
-        # An in-place operation returns what it was given.
+        # An in-place operation returns its argument, here the plain tensor. The caller gets this lazy tensor back.
         return args[0] if args and isinstance(args[0], LazyWhole) and out is plain_args[0] else out
 
     def full_tensor(self) -> Tensor:
-        """Itself, whole and plain, with its gradient."""
+        """The whole plain tensor, through which the gradient flows back."""
         return self.clone()
 
     def register_hook(self, hook: Callable) -> Any:
-        """As a tensor's: `hook` sees, and may change, the whole of the gradient, also what comes through the rest of the model,
-        which was computed from `source` and not from this."""
-        if self.source is None or getattr(hook, "__module__", "").startswith("torch.distributed"):  # FSDP2's own
+        """Like `Tensor.register_hook`: `hook` sees, and may change, the whole gradient. That includes what comes back
+        through the rest of the model, which was computed from `source` and not from this tensor."""
+        # FSDP2's own hooks go on this tensor itself.
+        if self.source is None or getattr(hook, "__module__", "").startswith("torch.distributed"):
             return super().register_hook(hook)
         take, give = self.take, self.give
 
@@ -90,7 +96,7 @@ class LazyWhole(Tensor):
 
     @property
     def grad(self) -> Tensor | None:
-        """After `retain_grad`, the whole of the gradient. Every rank of the TP group must ask for it."""
+        """The whole gradient, after `retain_grad`. Every rank of the TP group must read it."""
         if self.source is None or not self.source.retains_grad:
             return super().grad
         return None if self.source.grad is None else self.give(self.source.grad)
@@ -136,7 +142,7 @@ class LazyWhole(Tensor):
 
 
 class _Hand(torch.autograd.Function):
-    """This rank's part of a tensor → the whole, lazily. `take` makes of the whole gradient that of the part."""
+    """This rank's part of a tensor → the whole, lazily. `take` maps the gradient of the whole to that of the part."""
 
     @staticmethod
     def forward(ctx, part: Tensor, shape: torch.Size, make: Callable[[], Tensor], take: Callable) -> Tensor:
@@ -156,7 +162,8 @@ def _hand(part: Tensor, shape: torch.Size, make: Callable, take: Callable, give:
 
 
 def whole_stream(x: DTensor) -> Tensor:
-    """A DTensor → the whole tensor, lazily: a stream `[batch, seq, …]` that is sharded over the sequence, or any other."""
+    """A DTensor → the whole tensor. The stream `[batch, seq, …]`, sharded over the sequence, and replicated tensors are
+    made whole lazily; all others are gathered at once."""
     spec, mesh, local = x._spec, x.device_mesh, x._local_tensor.detach()
     if x.placements == (SEQUENCE,):
         return _hand(
@@ -178,7 +185,8 @@ def whole_stream(x: DTensor) -> Tensor:
 
 
 def whole_heads(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's heads `[batch, heads / tp, …]` → all `[batch, heads, …]`, lazily. Its gradient is this rank's heads'."""
+    """This rank's heads `[batch, heads / tp, …]` → all `[batch, heads, …]`, lazily. Backward: this rank's heads'
+    gradient."""
     own, rank, local = x.shape[1], mesh.get_local_rank(), x.detach()
 
     def give(part: Tensor) -> Tensor:
@@ -194,14 +202,15 @@ def whole_heads(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def hand_out_whole(owners: list[nn.Module], gradients: Any) -> None:
-    """Have the modules `owners`, those that hold the layers, return whole tensors to whoever is outside all of them.
+    """Have `owners`, the modules that hold the layers, return whole tensors to a caller that is outside all of them.
 
     Args:
-        gradients: the model's `ReplicatedGradients`, which knows meanwhile that the model's forward is running.
+        gradients: the model's `ReplicatedGradients`. Its `depth` counts the owners' forwards that are running.
     """
 
     def wrapped(inner: Callable) -> Callable:
-        @functools.wraps(inner)  # transformers and the Trainer read its signature
+        # transformers and the Trainer read the signature of the forward.
+        @functools.wraps(inner)
         def forward(*args, **kwargs):
             gradients.depth += 1
             try:
@@ -217,8 +226,12 @@ def hand_out_whole(owners: list[nn.Module], gradients: Any) -> None:
 
 
 def whole_output(x: Any, known: dict[int, tuple[DTensor, Tensor]]) -> Any:
-    """`x` with what is sharded in it whole, lazily; logits, which are sharded over the vocabulary, are left as they are.
-    `known`: what has been made whole already, by the id of what it was made from, which it keeps alive."""
+    """`x` with every DTensor in it made whole (`whole_stream`), except logits, which stay sharded over the vocabulary.
+
+    Args:
+        known: the id of a DTensor → the DTensor and its whole. Keeping the DTensor alive keeps its id from being
+            reused.
+    """
     if isinstance(x, DTensor):
         if x.placements != (SEQUENCE,) and x.placements == (Shard(x.dim() - 1),):
             return x

@@ -1,14 +1,14 @@
-"""Between the calls of a model: what its modules show of their parameters, and parts of it that are called on their own.
+"""What a model's modules show of their parameters between its calls, and how parts of it are called on their own.
 
-FSDP2 gathers parameters for the forward of a module that it was given (the model, each decoder layer), and has the modules
-show the gathered ones until it has freed them. After a forward with gradients the model's own (embedding, last norm, head)
-and the last layer's are kept for backward. Whoever reads parameters then (an optimizer that is made after a first look at
-the loss, `zero_grad`, `get_input_embeddings().weight`) would get tensors that no optimizer should have. So outside of a
-running forward the modules show the sharded parameters, while the gathered ones wait, at no cost but that of setting
-attributes.
+FSDP2 gathers parameters for the forward of a module that it was given (the model, each decoder layer), and has the
+modules show the gathered ones until it has freed them. After a forward with gradients the model's own (embedding, last
+norm, head) and the last layer's are kept for backward. Whoever reads parameters then (an optimizer that is made after a
+first look at the loss, `zero_grad`, `get_input_embeddings().weight`) would get tensors that no optimizer should have.
+So outside of a running forward the modules show the sharded parameters. The gathered ones stay in memory; this costs
+only the setting of attributes.
 
-A part that is called outside the model's forward (the embedding, the decoder, a layer, the head) is run as FSDP2 runs the
-module that it gathers with; it takes whole plain tensors and returns them, with exact gradients.
+A part that is called outside the model's forward (the embedding, the decoder, a layer, the head) runs as a forward of
+the FSDP2 module that gathers its parameters. It takes and returns whole plain tensors, with exact gradients.
 """
 
 from __future__ import annotations
@@ -34,20 +34,26 @@ from .options import check_dtypes
 
 
 class Calls:
-    """The running calls of a sharded model and of its parts. One for each model, on its `ReplicatedGradients`.
+    """The running calls of a sharded model and of its parts. Each model has one, on its `ReplicatedGradients`.
 
     Args:
         model: the module that FSDP2 has as its root.
         mesh: the one-dimensional TP mesh.
         sequence_parallel: whether layers take a sharded stream.
+
+    Attributes:
+        groups: FSDP2's groups of parameters that are gathered together.
+        depth: the number of running calls, one inside the other.
+        parts: the modules outside the layers, whose parameters are gathered with the model's own.
+        mode: the contexts that the running call has entered.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, sequence_parallel: bool):
         self.model, self.mesh, self.sequence_parallel = model, mesh, sequence_parallel
         self.groups = [fsdp2.HiddenGroup(group) for group in fsdp2.fsdp_groups(model)]
-        self.depth = 0  # of calls, one inside the other
-        self.parts: set[nn.Module] = set()  # that are gathered with the model
-        self.mode = contextlib.ExitStack()  # what the running call has set
+        self.depth = 0
+        self.parts: set[nn.Module] = set()
+        self.mode = contextlib.ExitStack()
 
     @property
     def is_outside(self) -> bool:
@@ -58,10 +64,12 @@ class Calls:
         if self.depth == 0 and not autograd.in_backward():
             self.mode.enter_context(without_inference_mode())
             if fsdp2.is_before_first_forward(self.model):
-                check_dtypes(self.model)  # where torch would fail in an assertion
+                # Without this check torch would fail in an assertion.
+                check_dtypes(self.model)
             fsdp2.start_forward(self.model)
             for group in self.groups:
-                if group.is_hidden:  # no backward came; the parameters may have been written into since
+                # A hidden group had no backward since its last forward, and its parameters may have been written to.
+                if group.is_hidden:
                     group.reshard()
         self.depth += 1
 
@@ -77,14 +85,15 @@ class Calls:
         if self.depth == 0 and not autograd.in_backward():
             fsdp2.end_forward(self.model)
             for group in self.groups:
-                # Without a backward to follow, nothing else would free what is gathered.
+                # Without gradients no backward follows, so nothing else would free the gathered parameters.
                 group.hide() if torch.is_grad_enabled() else group.reshard()
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """While inside, the model's own parameters (embedding, last norm, head) are gathered, and shown."""
         (own,) = (group for group in self.groups if self.model in group.group.modules)
-        kept = own.is_unsharded  # for a backward
+        # Parameters that are gathered already are kept for a backward, and must stay gathered.
+        kept = own.is_unsharded
         with without_inference_mode():
             self.model.unshard()
         try:
@@ -96,7 +105,7 @@ class Calls:
                 own.hide()
 
     def run(self, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        """`inner`, the forward of a part, as FSDP2 runs the model's."""
+        """Run `inner`, the forward of a part, as a forward of the model, so that FSDP2 gathers its parameters."""
         self.enter()
         try:
             return self.whole(self.model._tpsp_call(inner, *args, **kwargs))
@@ -104,10 +113,10 @@ class Calls:
             self.leave()
 
     def run_style(self, style, module: nn.Module, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        """`inner`, what `style` makes of the forward of `module`, which was called while no other call was running."""
+        """Run `inner`, the forward of `module` under `style`, which was called while no other call was running."""
         if (style.original or module) not in self.parts:
-            # A checkpointed layer's forward, once more; or an activation function, which may be one object for all models
-            # of the process (openai-gpt's is).
+            # Backward runs the forward of a checkpointed layer again. An activation function may be one object for all
+            # models of the process (openai-gpt's is).
             if autograd.in_backward() or not any(True for _ in module.parameters()):
                 return inner(*args, **kwargs)
             raise ValueError(
@@ -117,7 +126,8 @@ class Calls:
         return self.run(inner, args, kwargs)
 
     def whole(self, output: Any) -> Any:
-        """What a part returned, with whole plain tensors in place of sharded ones. Every rank must call it."""
+        """The `output` of a part with whole plain tensors in place of sharded ones; with gradients on, logits stay
+        lazy. Every rank must call it."""
 
         def one(x: Tensor) -> Tensor:
             if isinstance(x, LazyLogits):
@@ -131,15 +141,16 @@ class Calls:
 
 
 def install(model: nn.Module, layers: list[nn.Module], calls: Calls, is_compiled: bool) -> None:
-    """Have `calls` know of every call of `model`, and of the parts that are called on their own."""
+    """Have every call of `model`, and of its parts when they are called on their own, go through `calls`."""
     model._tpsp_call = lambda inner, *args, **kwargs: inner(*args, **kwargs)
     register_fsdp_forward_method(model, "_tpsp_call")
 
     def before(module, args):
-        calls.depth = 0  # whatever an interrupt has left
+        # An interrupted forward may have left its depth behind.
+        calls.depth = 0
         calls.enter()
 
-    # Before FSDP2's own hooks, and after them.
+    # The pre-hook runs before FSDP2's own hooks, the forward hook after them.
     model.register_forward_pre_hook(before, prepend=True)
     model.register_forward_hook(lambda module, args, output: calls.leave(), always_call=True)
     for layer in layers:
@@ -147,9 +158,8 @@ def install(model: nn.Module, layers: list[nn.Module], calls: Calls, is_compiled
     inside = {module for layer in layers for module in layer.modules()}
     calls.parts = {module for module in model.modules() if module not in inside}
     for module in model.modules():
-        if any(
-            True for _ in module.parameters()
-        ):  # else it may be one object for all models, as activation functions are
+        # A module without parameters may be one object for all models, as activation functions are.
+        if any(True for _ in module.parameters()):
             module.__deepcopy__ = _refuse_copy
     for module in calls.parts - {model}:
         if any(m in inside for m in module.modules()) and not isinstance(module, nn.ModuleList):
@@ -175,9 +185,10 @@ def _install_on_decoder(module: nn.Module, calls: Calls) -> None:
 
 
 def _install_on_layer(layer: nn.Module, calls: Calls, is_compiled: bool) -> None:
-    """Hooks and not a forward: FSDP2's are on the layer itself."""
+    """Have each call of `layer` go through `calls`, by hooks: a wrapped forward would run inside FSDP2's own hooks."""
     first = next(iter(inspect.signature(layer.forward).parameters))
-    running: list[bool] = []  # whether the running calls are outside
+    # For each running call of the layer, whether it came from outside the model's calls.
+    running: list[bool] = []
     is_outside = False
 
     def cut(x: Any) -> Any:
@@ -186,7 +197,8 @@ def _install_on_layer(layer: nn.Module, calls: Calls, is_compiled: bool) -> None
 
     def before(module, args, kwargs):
         nonlocal is_outside
-        if not autograd.in_backward():  # else as it was in forward: a script may have checkpointed the layer's call
+        # In backward the answer from forward still holds, because a script may have checkpointed the layer's call.
+        if not autograd.in_backward():
             is_outside = calls.is_outside
         running.append(is_outside and calls.is_outside)
         calls.enter()

@@ -1,14 +1,14 @@
-"""Random numbers on the ranks of a TP group: what they hold alike is drawn alike, what is a rank's own is drawn per rank.
+"""Random numbers on the ranks of a TP group: common ones for tensors that all ranks hold, own ones for a rank's shard.
 
-The default generators are the common stream, in the same state on all ranks of a group (`agree`); data-parallel groups
-stay apart. A rank's own stream is no second generator but a function of the common one: `own_stream` takes one number of
-it, whatever the length of what is drawn, and seeds the generator from that number and the rank for as long as it is open.
-So the common streams stay in step on any length, and whoever saves and restores the default generators (activation
-checkpointing, the Trainer's resume) reproduces both.
+The default generators are the common stream: they are in the same state on all ranks of a TP group (`agree`). Each
+data-parallel group keeps its own state. A rank's own stream is not a second generator, but is derived from the common
+one: `own_stream` takes one number from it, however many are drawn, and seeds the generator from that number and the
+rank for as long as it is open. So the common streams stay in step whatever is drawn, and whoever saves and restores the
+default generators (activation checkpointing, the Trainer's resume) reproduces both streams.
 
-Between the blocks, dropout on the sequence-sharded stream is DTensor's to draw (`Tracker`; on CUDA torch has one). Inside a
-split block, numbers for the tokens as all ranks hold them, and for terms of a sum, are common; numbers for this rank's heads or
-columns are its own (`Split`).
+Between the blocks, DTensor draws the dropout on the sequence-sharded stream (on the CPU by `draw_by_shard`; on CUDA
+torch has a tracker). Inside a split block, numbers for tokens that all ranks hold and for partial outputs are common;
+numbers for this rank's heads or columns are its own (`Split`).
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ logger = logging.get_logger(__name__)
 _DRAWING_NAMES = ("drop", "jitter", "noise")
 
 
-# Module → where the rates of what is inside it stand: a part, or a part's config, and the attribute's name. Weak on both sides: a
-# value that held its key would keep the model for good.
+# Module → where the rates inside it are kept: the owner (a submodule, or a submodule's config) and the attribute's
+# name. Keys and owners are weak references, because a value that held its key would keep the model alive for good.
 _rates: weakref.WeakKeyDictionary[nn.Module, list[tuple[weakref.ref, str]]] = weakref.WeakKeyDictionary()
 
 
 def draws(module: nn.Module) -> bool:
-    """Whether `module` in training may draw random numbers: a rate of dropout, layerdrop or jitter above zero, of a part of it or
-    of the part's config. The rates are read each time, for a script may set them at any time."""
+    """Whether `module` may draw random numbers in training: a submodule, or a submodule's config, has a rate of
+    dropout, layerdrop or jitter above zero. The rates are read each time, because a script may set them at any time."""
     if module not in _rates:
         _rates[module] = list(_rates_inside(module))
     return any(isinstance(rate := getattr(owner(), name, None), float) and rate > 0 for owner, name in _rates[module])
 
 
 def look_again() -> None:
-    """Have `draws` look for rates again: modules were added, such as adapters."""
+    """Have `draws` look for rates again, after modules such as adapters were added."""
     _rates.clear()
 
 
@@ -70,7 +70,8 @@ def _rates_inside(module: nn.Module) -> Iterator[tuple[weakref.ref, str]]:
 
 @contextlib.contextmanager
 def own_stream(rank: int, device: torch.device) -> Iterator[None]:
-    """While inside, `device`'s default generator draws numbers of `rank`'s own. The common stream goes on by one number."""
+    """While inside, `device`'s default generator draws `rank`'s own numbers. The common stream advances by one
+    number."""
     if torch.compiler.is_compiling() or is_simulated():
         yield
         return
@@ -78,7 +79,8 @@ def own_stream(rank: int, device: torch.device) -> Iterator[None]:
         seed = torch.randint(2**62, (), device="cpu").item()
         generator = torch.default_generator
         state = generator.get_state()
-    else:  # counter-based: seed and offset are read without waiting for the device
+    else:
+        # The generator is counter-based: its seed and offset are read without waiting for the device.
         index = device.index if device.index is not None else torch.cuda.current_device()
         generator = torch.cuda.default_generators[index]
         seed = (generator.initial_seed() * 0x9E3779B97F4A7C15 + generator.get_offset()) % 2**62
@@ -91,7 +93,7 @@ def own_stream(rank: int, device: torch.device) -> Iterator[None]:
         generator.set_state(state)
 
 
-# On the CPU, which torch's own tracker does not know.
+# DTensor's random operations on the CPU go through this; torch's own tracker works on accelerators only.
 _DRAW_BY_SHARD = WhileUsed(lambda: dtensor.draw_by_shard(own_stream))
 
 
@@ -103,7 +105,8 @@ _DRAWS = {
 }  # fmt: skip
 
 
-# Functions that draw nothing at a rate of zero → the place and name of the rate, and its default; likewise of `training`.
+# Function → the position, name and default of its rate, and of its `training` flag. If either is zero, it draws
+# nothing.
 _RATED = {
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout), ((1, "p", 0.5), (2, "training", True))),
     F.alpha_dropout: ((1, "p", 0.5), (2, "training", False)),
@@ -114,20 +117,22 @@ _RATED = {
 
 
 def _draws_nothing(func: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether `func` takes no numbers of the generator, as one process does not: else the common stream would go on by one."""
+    """Whether `func` draws nothing with these arguments. `own_stream` must not be opened for it: that would advance the
+    common stream, which the same call in one process does not do."""
     asked = _RATED.get(func, ())
     return any(not (args[at] if len(args) > at else kwargs.get(name, default)) for at, name, default in asked)
 
 
 class Split(TorchFunctionMode):
-    """Inside a split block: numbers for this rank's heads or columns are drawn from its own stream.
+    """Inside a split block, draws the numbers for this rank's heads or columns from its own stream.
 
-    All else is common: what is drawn for tokens as every rank holds them (jitter, a router's choice), and dropout on terms of a
-    sum, which drops the same elements of each, as of the sum itself.
+    All other numbers are common: those for tokens that every rank holds (jitter, a router's choice), and dropout on
+    partial outputs, which must drop the same elements on every rank, as dropout on their sum would.
 
     Args:
         tokens: `(batch, seq)` of the block's stream.
-        own_widths: of this block's column-split features, on any rank, that no whole tensor has.
+        own_widths: the widths of this block's column-split features, on any rank, except those that a whole tensor has
+            too.
     """
 
     def __init__(self, rank: int, tokens: tuple[int, int], own_widths: frozenset[int]):
@@ -139,7 +144,8 @@ class Split(TorchFunctionMode):
         of_tokens = (x.dim() >= 3 and tuple(x.shape[:2]) == self.tokens) or (
             x.dim() >= 2 and x.shape[0] == batch * length
         )
-        if x.dim() >= 4 or not of_tokens:  # heads stand beside the tokens
+        # Such a tensor has a dim of heads beside those of the tokens.
+        if x.dim() >= 4 or not of_tokens:
             return x.dim() > 1
         return x.shape[-1] in self.own_widths
 
@@ -153,7 +159,8 @@ class Split(TorchFunctionMode):
 
 
 def inside_block(module: nn.Module, shape: torch.Size | None, mesh: DeviceMesh) -> contextlib.AbstractContextManager:
-    """What a split block runs in, given the `shape` of its stream, `[batch, seq, …]`. Nothing unless it draws."""
+    """The context that a split block runs in, given the `shape` of its stream, `[batch, seq, …]`. It does nothing
+    unless the block draws random numbers."""
     if shape is None or not module.training or torch.compiler.is_compiling() or not draws(module):
         return contextlib.nullcontext()
     return Split(mesh.get_local_rank(), tuple(shape[:2]), _own_widths(module, mesh.size()))
@@ -175,7 +182,7 @@ def _own_widths(module: nn.Module, size: int) -> frozenset[int]:
 
 
 def agree(mesh: DeviceMesh) -> None:
-    """Give all ranks of a TP group their first rank's state of the default generators. One broadcast."""
+    """Give the default generators of all ranks of a TP group the state of their first rank's. One broadcast."""
     if mesh.size() == 1 or is_simulated():
         return
     group = mesh.get_group()
@@ -203,20 +210,22 @@ def digest(device: torch.device) -> Tensor:
     if is_simulated():
         return torch.zeros((), dtype=torch.int64, device=device)
     found = fingerprint(torch.get_rng_state()).to(device)
-    if device.type == "cuda":  # counter-based: seed and offset are read without waiting for the device
+    if device.type == "cuda":
+        # The generator is counter-based: its seed and offset are read without waiting for the device.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         found = found * 31 + generator.initial_seed() * 31 + generator.get_offset()
     return found
 
 
 def install(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Have the ranks of a TP group draw alike what they hold alike: in training, in `generate`, from the first forward on. A script
-    may seed them apart between any two steps: the batch check finds that out (`batch_check.py`)."""
+    """Give the ranks of a TP group one random state, at the model's first forward and before each `generate`. A script
+    may seed the ranks differently between any two steps; the batch check notices that (`batch_check.py`)."""
     if mesh.device_type == "cpu":
         _DRAW_BY_SHARD.keep_for(model)
     forward, agreed = model.forward, False
 
-    @functools.wraps(forward)  # the Trainer reads its signature
+    # The Trainer reads the signature of the forward.
+    @functools.wraps(forward)
     def common_forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal agreed
         if not agreed:

@@ -39,7 +39,7 @@ class TPSPCallback(TrainerCallback):
         self.set_up(args, state, model)
 
     def set_up(self, args, state, model) -> None:
-        """Ready a model of the Trainer's, the first one or one that `model_init` has made since."""
+        """Shard and check a model of the Trainer's: the first one, or one that `model_init` has made since."""
         if self.config.world_size == 1 or model is None:
             return
         registry.check_arguments(args)
@@ -50,9 +50,11 @@ class TPSPCallback(TrainerCallback):
         done: Parallelized = inner._tpsp
         check_accelerator(done.config)
         if done.config.compile and args.gradient_checkpointing:
-            replace(done.config, activation_checkpointing="full")  # says why not
+            # The config's own check raises, and says why the two do not go together.
+            replace(done.config, activation_checkpointing="full")
         check_parameters(model)
-        set_mixed_precision(model)  # TrainingArguments(bf16=True), else what the preset says
+        # The dtype is that of TrainingArguments(bf16=True), or else the preset's.
+        set_mixed_precision(model)
         check_dtypes(inner)
         if state.is_world_process_zero:
             c = done.config
@@ -63,7 +65,8 @@ class TPSPCallback(TrainerCallback):
 
 
 def install(config: TPSPConfig) -> session.Enabled:
-    """Put in place what a Trainer, or a loop of one's own with accelerate, needs of hf_tpsp, unless it is."""
+    """Install what a Trainer, or a script's own loop with accelerate, needs of hf_tpsp, unless it is installed
+    already."""
     if (handle := session.current()) is not None:
         return handle
     handle = session.start(config)
@@ -74,12 +77,13 @@ def install(config: TPSPConfig) -> session.Enabled:
 
 
 def _set_up_again(original: Callable) -> Callable:
-    """`Trainer.call_model_init`, whose second model (`train()` makes a new one) is readied as the first was."""
+    """`Trainer.call_model_init` that also sets up the new model that `train()` makes, as the first one was."""
 
     @functools.wraps(original)
     def call_model_init(self, *args, **kwargs):
         model = original(self, *args, **kwargs)
-        handler = vars(self).get("callback_handler")  # there is none while the Trainer is made: `on_init_end` will come
+        # The Trainer has no handler while it is being made. `on_init_end` sets that first model up.
+        handler = vars(self).get("callback_handler")
         for callback in handler.callbacks if handler is not None else ():
             if isinstance(callback, TPSPCallback):
                 callback.set_up(self.args, self.state, model)

@@ -18,10 +18,10 @@ class Integration:
 
     Attributes:
         install: puts what the library needs in place, and returns the function that undoes it.
-        applies: whether a trainer with these arguments is the library's; the integration is installed when the first such
-            trainer is made, for its import may be slow. None: it is installed by `enable()`.
-        refuses: of a trainer's arguments, those that would train something else than one process does: a sentence each.
-        wraps: whether a model is a causal LM that the library has put parameters of its own around.
+        applies: tells whether a trainer with these arguments is the library's. The integration is installed when the
+            first such trainer is made, because its import may be slow. If None, `enable()` installs it.
+        refuses: gives a sentence for each of a trainer's arguments that would not train what one process does.
+        wraps: tells whether a model is a causal LM that the library has put parameters of its own around.
         shard: shards such a model, in place, and returns it.
     """
 

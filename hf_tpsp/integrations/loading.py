@@ -1,8 +1,8 @@
 """The loading hook: under `enable()`, `from_pretrained` shards a causal LM while it reads it.
 
 transformers builds the model on meta, hands it to `maybe_distribute_model`, and then fills whatever DTensors it finds,
-each rank reading only its own slices of the safetensors. `parallelize` stands at that point, so no rank ever holds the
-whole model.
+each rank reading only its own slices of the safetensors. The hook shards the model in `maybe_distribute_model`, so no
+rank ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class _Ours(DistributedConfig):
 
 
 class _Meshes:
-    """What transformers asks of its mesh manager. It only passes the mesh on to the loader."""
+    """Stands for transformers' mesh manager, which transformers only asks for the mesh that it passes on to the
+    loader."""
 
     def __init__(self, mesh):
         self._mesh = mesh
@@ -49,9 +50,8 @@ class _Meshes:
 
 
 def is_causal_lm(cls: type) -> bool:
-    config = (
-        cls.config_class
-    )  # looked up by its config: the mapping's values() would import every model of transformers
+    # The class is looked up by its config, because the mapping's `values()` would import every model of transformers.
+    config = cls.config_class
     named = config in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[config] is cls
     return named or cls.__name__.endswith("ForCausalLM")
 
@@ -96,7 +96,8 @@ def install(config: TPSPConfig) -> Callable[[], None]:
             for name in KERNELS:
                 if kwargs.get(name):
                     raise ValueError(f"from_pretrained({name}=…) {REPLACES_LAYERS}.")
-            check_not_quantized(kwargs.get("config"))  # as the auto class has read it
+            # The auto class has read the config, and hands it over.
+            check_not_quantized(kwargs.get("config"))
             return original.__func__(cls, *args, **kwargs, distributed_config=_Ours())
 
         return classmethod(from_pretrained)
@@ -105,7 +106,8 @@ def install(config: TPSPConfig) -> Callable[[], None]:
         def prepare_distribute_model(cls, distributed_config, device_map=None):
             if not isinstance(distributed_config, _Ours):
                 return original.__func__(cls, distributed_config, device_map)
-            mesh = build_mesh(config)  # first: it may have to start accelerate's state, and the ranks' process group
+            # The mesh is built first: it may have to start accelerate's state and the process group.
+            mesh = build_mesh(config)
             return distributed_config, PartialState().device, _Meshes(mesh)
 
         return classmethod(prepare_distribute_model)
@@ -115,7 +117,7 @@ def install(config: TPSPConfig) -> Callable[[], None]:
             if not isinstance(distributed_config, _Ours):
                 return original.__func__(cls, model, distributed_config, mesh_manager)
             check_not_quantized(model.config)
-            # accelerate, not transformers, trains, saves and resumes this model; nothing else may see the config.
+            # accelerate, not transformers, trains, saves and resumes this model, so nothing later may see this config.
             del model.config.distributed_config
             return shard(model, config)
 

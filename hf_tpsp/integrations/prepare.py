@@ -1,4 +1,4 @@
-"""accelerate: `Accelerator.prepare` of a model that is sharded, or that it shards: for loops of one's own."""
+"""accelerate: has `Accelerator.prepare` take sharded models and shard whole ones, for a script's own training loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def install() -> Callable[[], None]:
 
 
 def _patch_prepare(original):
-    """`Accelerator.prepare`, which is given models that are sharded, and whole ones to shard."""
+    """`Accelerator.prepare` that takes models that are sharded already, and shards whole ones."""
 
     @functools.wraps(original)
     def prepare(self, *args, device_placement=None):
@@ -38,7 +38,8 @@ def _patch_prepare(original):
                 raise ValueError(
                     f"Accelerator(mixed_precision={self.mixed_precision!r}) needs scaling that knows of the shards; use 'bf16'."
                 )
-            if self.mixed_precision == "bf16":  # a loop of one's own; a Trainer has done it
+            # This is for a script's own loop. For a Trainer, the callback has done it.
+            if self.mixed_precision == "bf16":
                 set_mixed_precision(model)
         _follow_parameters(args, replaced)
         return prepare_beside_sharded(self, args, sharded)
@@ -50,11 +51,11 @@ def _follow_parameters(args: tuple, replaced: list[tuple[nn.Module, dict[str, nn
     """Point the optimizers in `args` at the sharded parameters, as accelerate's own FSDP2 path does.
 
     Args:
-        replaced: each model that has just been sharded, with the parameters that it had before, by name. Each remembers
-            what took its place.
+        replaced: each model that has just been sharded, with the parameters that it had before, by name. On each of
+            these parameters the one that took its place is noted.
 
     Raises:
-        ValueError: such an optimizer has taken steps; its state is of whole parameters.
+        ValueError: such an optimizer has taken steps, so that its state belongs to whole parameters.
     """
     for model, before in replaced:
         now = dict(model.named_parameters(remove_duplicate=False))
@@ -76,10 +77,11 @@ def _follow_parameters(args: tuple, replaced: list[tuple[nn.Module, dict[str, nn
 
 
 def parallelize_prepared(args: tuple) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
-    """Parallelize the causal LMs that `accelerator.prepare` is given whole, made from a config for one, wrapped or not.
+    """Shard the causal LMs that `accelerator.prepare` is given whole (made from a config, for example), inside another
+    module or not.
 
     Returns:
-        Each of these models, with the parameters that it had before, by name (tied ones by each of theirs).
+        Each of these models, with the parameters that it had before, by name (a tied one under each of its names).
 
     Raises:
         ValueError: the model cannot be sharded, or has parameters outside of the causal LM that it wraps.

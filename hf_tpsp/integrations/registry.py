@@ -20,14 +20,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def install(handle: session.Enabled, args: Any = None) -> None:
-    """Put in place what is needed always, or by a trainer with these arguments. Does nothing a second time."""
+    """Install the integrations that are always needed, and those of a trainer with these arguments, each once."""
     for integration in INTEGRATIONS:
         if integration.applies is None or (args is not None and integration.applies(args)):
             handle.once(integration.install)
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse a trainer's arguments that would train something else than one process does. Raises `ValueError`."""
+    """Raise `ValueError` if a trainer's arguments would not train what one process does."""
     problems = [problem for integration in INTEGRATIONS for problem in integration.refuses(args)]
     if problems:
         raise ValueError("These TrainingArguments do not work with hf_tpsp: " + "; ".join(problems) + ".")
@@ -39,6 +39,6 @@ def wraps(model: nn.Module) -> bool:
 
 
 def shard(model: Model, config: TPSPConfig) -> Model:
-    """`sharding.shard`, or what the library that wraps `model` makes of it."""
+    """Shard `model` by `sharding.shard`, or by the integration of the library that wraps it."""
     how: Callable[[Any, TPSPConfig], Any] = next((i.shard for i in INTEGRATIONS if i.wraps(model)), sharding.shard)
     return how(model, config)

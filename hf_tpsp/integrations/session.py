@@ -1,4 +1,4 @@
-"""What hf_tpsp has put in place in this process, and how it is undone."""
+"""What hf_tpsp has installed in this process, and how it is undone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _current: Enabled | None = None
 
 
 def current() -> Enabled | None:
-    """The handle of what is in place, if anything is."""
+    """The handle of what is installed; None if nothing is."""
     return _current
 
 
 class Enabled:
-    """The handle of `enable()`: a context manager, or call `disable()`."""
+    """The handle that `enable()` returns. Use it as a context manager, or call `disable()`."""
 
     def __init__(self, config: TPSPConfig):
         self.config = config
@@ -32,14 +32,14 @@ class Enabled:
         self._installed: set[Callable] = set()
 
     def once(self, install: Callable[[], Callable[[], None]]) -> None:
-        """Call `install`, if it was not yet, and what it returned when everything is undone."""
+        """Call `install` unless it was called before. `disable` calls the function that it returns."""
         if install not in self._installed:
             self._installed.add(install)
             self._undo.append(install())
 
     def disable(self) -> None:
-        """Leave the libraries and the environment as they were. Models that are sharded stay so, and what they need of torch stays
-        until the last of them is gone."""
+        """Leave the libraries and the environment as they were. Sharded models stay sharded, and the patches of torch
+        that they need stay until the last of them is gone."""
         global _current
         while self._undo:
             self._undo.pop()()
@@ -55,7 +55,7 @@ class Enabled:
 
 
 def start(config: TPSPConfig) -> Enabled:
-    """Tell accelerate of the mesh, and put the workarounds for the libraries in place."""
+    """Tell accelerate about the mesh, and install the workarounds for the libraries (`upstream/`)."""
     global _current
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main and (sentence := versions.untested()):
@@ -65,7 +65,8 @@ def start(config: TPSPConfig) -> Enabled:
     handle.once(lambda: set_environment(environment(config)))
     handle.once(install.install)
     if not is_main and logging.is_progress_bar_enabled():
-        handle.once(_quiet_progress)  # one bar while loading, not one of each rank
+        # Loading shows one progress bar, not one for each rank.
+        handle.once(_quiet_progress)
     _current = handle
     return handle
 

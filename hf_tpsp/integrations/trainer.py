@@ -19,11 +19,12 @@ from ..loss.logits import LazyLogits
 from ..patching import swap
 from .contract import Integration
 
-# Optimizers that treat each element alike, whatever the shards; others look at whole rows, blocks or singular values.
+# Optimizers that update each element by itself, so that it does not matter how a parameter is sharded. Others look at
+# whole rows, blocks or singular values.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
-# Options that would train something else than one process does: why, and what to do.
+# Refused option → why it does not work with hf_tpsp, and what to do instead.
 REFUSED = {
     "auto_find_batch_size": "would have to unshard the model; set per_device_train_batch_size",
     "torch_compile": "would compile the whole model, hooks and all; leave it out and set HF_TPSP_COMPILE=true, which "
@@ -38,7 +39,7 @@ REFUSED = {
 
 
 def refuses(args: TrainingArguments) -> list[str]:
-    """Those of the Trainer's arguments that would train something else than one process does, a sentence each."""
+    """A sentence for each of the Trainer's arguments that would not train what one process does."""
     problems = [f"{name}=True {why}" for name, why in REFUSED.items() if getattr(args, name, False)]
     if args.mixed_precision == "fp16":
         problems.append("fp16=True needs loss scaling that knows of the shards; use bf16=True")
@@ -71,8 +72,8 @@ def refuses(args: TrainingArguments) -> list[str]:
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Raise `ValueError` naming the parameters that came after the sharding, such as peft's: nobody would reduce their
-    gradients."""
+    """Raise `ValueError` naming the parameters that were added after the sharding, such as peft's. Nothing would reduce
+    their gradients."""
     plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if plain:
         named = ", ".join(plain[:3]) + (f" and {len(plain) - 3} more" if len(plain) > 3 else "")
@@ -99,12 +100,13 @@ def check_accelerator(config: TPSPConfig) -> None:
             f"accelerate's FSDP wrap policy is {getattr(policy, '__name__', policy)}, which would wrap a model that is "
             "already sharded. Set `fsdp_auto_wrap_policy: NO_WRAP` in the accelerate config."
         )
-    state.fsdp_plugin.activation_checkpointing = False  # TPSPConfig.activation_checkpointing has done it
+    # hf_tpsp has done this itself, by `TPSPConfig.activation_checkpointing`.
+    state.fsdp_plugin.activation_checkpointing = False
 
 
 def _knows_batch(original: Callable) -> Callable:
-    """A Trainer's step, whose forward compares all of the batch: of labels for a smoothed loss, or for one of the script's own,
-    the model knows nothing."""
+    """A Trainer's step whose forward compares the whole batch over the ranks. The model itself is not given the labels
+    of a smoothed loss, nor those of a loss of the script's own."""
 
     @functools.wraps(original)
     def step(self, model, inputs, *args, **kwargs):
@@ -146,7 +148,7 @@ def patch_label_smoother(original):
 
 
 def install() -> Callable[[], None]:
-    """Put what the Trainer needs around its steps and its loss. Returns the function that undoes it."""
+    """Patch the Trainer's steps and its label smoother. Returns the function that undoes it."""
     return swap(
         (LabelSmoother, "__call__", patch_label_smoother),
         (Trainer, "training_step", _knows_batch),

@@ -22,7 +22,7 @@ from ..state import is_parallelized, record_of
 from .contract import Integration
 
 CONFIGS = ("SFTConfig", "DPOConfig")
-# Options of TRL's that would train something else than one process does: why, and what to do.
+# Refused option of TRL's → why it does not work with hf_tpsp, and what to do instead.
 REFUSED = {
     "activation_offloading": "hooks what autograd keeps, as hf_tpsp does; leave it out and set "
     "HF_TPSP_ACTIVATION_CHECKPOINTING=full",
@@ -34,8 +34,9 @@ OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits")
 
 
 def install() -> Callable[[], None]:
-    """Put the head in the place of TRL's in SFTTrainer and DPOTrainer. Returns the function that undoes it."""
-    from trl.trainer import dpo_trainer, sft_trainer  # which takes seconds
+    """Replace TRL's fused head in SFTTrainer and DPOTrainer. Returns the function that undoes it."""
+    # Importing TRL takes seconds, so only its own trainers wait for it.
+    from trl.trainer import dpo_trainer, sft_trainer
 
     return swap(
         (sft_trainer, "add_fused_lm_head", _patch_add_fused_lm_head),
@@ -94,7 +95,8 @@ def fused_forward(forward: Callable, temperature: float = 1.0) -> Callable:
             return forward(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
         with keep_lazy(), beside(labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch):
             output = forward(*args, **{**kwargs, "use_cache": False})
-        if shift_labels is None:  # as TRL does: one position less
+        # As in TRL, there is one position less if the labels are not shifted yet.
+        if shift_labels is None:
             targets, positions = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), slice(0, -1)
         else:
             targets, positions = shift_labels, slice(None)
@@ -115,12 +117,12 @@ def fused_forward(forward: Callable, temperature: float = 1.0) -> Callable:
 
 
 def is_of_trl(args: Any) -> bool:
-    """Whether a trainer's arguments, or a class that they derive from, are TRL's."""
+    """Whether the class of a trainer's arguments, or one of its base classes, is TRL's."""
     return "trl" in (cls.__module__.partition(".")[0] for cls in type(args).__mro__)
 
 
 def refuses(args: Any) -> list[str]:
-    """Those of TRL's trainers and options that are not supported, a sentence each."""
+    """A sentence for each of TRL's trainers and options in `args` that is not supported."""
     if not is_of_trl(args):
         return []
     problems = [f"{name}=True {why}" for name, why in REFUSED.items() if getattr(args, name, False)]

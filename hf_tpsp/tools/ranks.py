@@ -1,12 +1,14 @@
-"""A pool of ranks on this machine: processes that import torch and transformers once and then run functions as gloo ranks.
+"""A pool of ranks on this machine: processes that import torch and transformers once and then run functions as gloo
+ranks.
 
 `RankPool.run(world_size, function, *args)` runs a picklable function on `world_size` ranks and returns what each rank
-returned. Ranks of one world size are started once and keep their process group. A rank that raises, or a call that
-outlives its time, ends them all; the call raises with that rank's traceback, and the next one starts new ranks.
+returned. Ranks of one world size are started once and keep their process group. If a rank raises, or a call exceeds its
+timeout, all of them are ended. The call raises, with that rank's traceback if there is one, and the next call starts
+new ranks.
 
-Starting ranks is cheap, for they are forked from two templates, processes that have done nothing but import. They are two because
-Python draws the order of a set of strings anew in each process: ranks that are neighbours in a mesh see different orders,
-as they would in a launch of their own.
+Starting ranks is cheap, because they are forked from two templates: processes that have only imported. There are two
+because Python orders a set of strings differently in each process. Ranks that are neighbours in a mesh so see different
+orders, as they would in a real launch.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from torch.distributed import TCPStore
 
 
 def _template(preload: tuple[str, ...], pipe) -> None:
-    """Fork a rank for each `(rank, world_size, port)` that comes, followed by its end of a pipe; end it for its process id."""
+    """Fork a rank for each `(rank, world_size, port)` that comes through `pipe`, followed by the rank's end of a pipe
+    of its own. Kill a rank when its process id comes."""
     for name in ("torch", "transformers", "accelerate", *preload):
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # a rank's collections need not walk through all that was imported, nor copy the pages it lies on
+    # A rank's garbage collection then leaves out what was imported, and does not copy the memory pages that hold it.
+    gc.freeze()
     while (request := pipe.recv()) is not None:
         if isinstance(request, int):
             os.kill(request, signal.SIGKILL)
@@ -43,7 +47,8 @@ def _template(preload: tuple[str, ...], pipe) -> None:
             pipe.close()
             try:
                 _rank(*request, mp.connection.Connection(handle))
-            except (EOFError, ConnectionError):  # the pool has gone
+            except (EOFError, ConnectionError):
+                # The pool has gone.
                 pass
             finally:
                 sys.stdout.flush()
@@ -57,7 +62,8 @@ def _rank(rank: int, world_size: int, port: int, pipe) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",
-        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",  # the store is the pool's
+        # The pool has the store, and the ranks connect to it.
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
         HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
     )  # fmt: skip
     import torch
@@ -69,7 +75,8 @@ def _rank(rank: int, world_size: int, port: int, pipe) -> None:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    # A mesh makes process groups, with threads of their own, that nobody closes: one mesh of each shape serves all tasks.
+    # A mesh makes process groups with threads of their own, which nobody closes, so one mesh of each shape serves all
+    # tasks.
     device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     pristine = dict(os.environ)
     while (task := pipe.recv()) is not None:
@@ -77,7 +84,8 @@ def _rank(rank: int, world_size: int, port: int, pipe) -> None:
         os.environ.clear()
         os.environ.update(pristine)
         forget_state()
-        PartialState(cpu=True)  # accelerate starts the process group, as it does in a script
+        # accelerate starts the process group, as it does in a script.
+        PartialState(cpu=True)
         torch.manual_seed(0)
         try:
             pipe.send(("ok", function(*args, **kwargs)))
@@ -111,12 +119,13 @@ class RankPool:
     def _start(self, world_size: int) -> list[tuple[mp.connection.Connection, int, mp.connection.Connection]]:
         if not self._templates:
             self._start_templates()
-        # Listening from here on: a port that was only found to be free may be somebody's by the time a rank takes it.
+        # The store listens from here on. A port that was only found to be free might be taken before a rank uses it.
         store = self._stores[world_size] = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         ranks = []
         for rank in range(world_size):
             ours, theirs = mp.Pipe()
-            process, template = self._templates[rank.bit_count() % 2]  # another one than its neighbours' in any mesh
+            # A rank comes from another template than its neighbours in any mesh.
+            process, template = self._templates[rank.bit_count() % 2]
             template.send((rank, world_size, store.port))
             mp.reduction.send_handle(template, theirs.fileno(), process.pid)
             theirs.close()

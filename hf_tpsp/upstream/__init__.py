@@ -1,5 +1,6 @@
-"""Every workaround for a defect of a library we stand on, and every use of what a library keeps private that is not everywhere, by
-library, each with the condition on which it can be deleted. `tests/upstream/` shows for each that it is still needed.
+"""The workarounds for defects of the libraries that hf_tpsp uses, and the uses of their private names, except those
+that occur everywhere. Each says on which condition it can be deleted. `tests/upstream/` shows that each is still
+needed.
 
     torch/                             its files know nothing of hf_tpsp, and every room may use them
     accelerate, transformers, peft     the library of that name

@@ -21,7 +21,7 @@ from ..patching import set_environment
 
 
 def use_cpu_if_alone() -> Callable[[], None]:
-    """Have accelerate run the ranks on the CPU if there is nothing else: its FSDP launcher drops `use_cpu`. Returns what undoes it.
+    """Have accelerate run the ranks on the CPU if there is no accelerator. Returns the function that undoes it.
 
     accelerate 1.15 (utils/launch.py, `prepare_multi_gpu_env`) does not export ACCELERATE_USE_CPU, and without it the
     ranks of a machine without accelerators silently become single processes. Delete when it does.
@@ -32,7 +32,7 @@ def use_cpu_if_alone() -> Callable[[], None]:
 
 @contextlib.contextmanager
 def cpu_state_of_its_own() -> Iterator[None]:
-    """While inside, accelerate's state is another one, on the CPU: it will find the process group that is there then.
+    """While inside, accelerate has another state, on the CPU, which will find the process group that exists then.
 
     accelerate 1.15 (state.py, `PartialState`) keeps one state for a process, and has no public way to set it aside.
     """
@@ -53,18 +53,19 @@ def forget_state() -> None:
 
 
 def prepare_beside_sharded(accelerator: Accelerator, args: tuple, is_sharded: list[bool]) -> object:
-    """`Accelerator.prepare` of `args`, of which the models that are sharded stay as they are.
+    """`Accelerator.prepare` of `args`, which leaves the sharded models among them as they are.
 
-    accelerate 1.15 (accelerator.py, `_prepare_tp` and `_prepare_fsdp2`) cannot take a model that is sharded already:
-    it imports a class that transformers 5.23 does not have, matches parameters by data pointer (empty shards collide),
-    and wants an optimizer beside every model (so `evaluate()` before `train()` raises). Nothing is left to shard: the
-    model is noted and the rest prepared as always. Delete when `prepare` leaves sharded models alone.
+    accelerate 1.15 (accelerator.py, `_prepare_tp` and `_prepare_fsdp2`) cannot take a model that is sharded already: it
+    imports a class that transformers 5.23 does not have, matches parameters by data pointer (empty shards collide), and
+    wants an optimizer beside every model (so `evaluate()` before `train()` raises). Nothing is left to shard, so the
+    model is only noted, and the rest is prepared as always. Delete when `prepare` leaves sharded models alone.
     """
     for model in (arg for arg, ours in zip(args, is_sharded, strict=True) if ours):
         if not any(model is known for known in accelerator._models):
             accelerator._models.append(model)
     result = args
-    for first_pass in (True, False):  # schedulers come second: they need the prepared optimizers
+    # Schedulers are prepared in the second pass, because they need the prepared optimizers.
+    for first_pass in (True, False):
         result = tuple(
             arg if ours else accelerator._prepare_one(arg, first_pass=first_pass)
             for arg, ours in zip(result, is_sharded, strict=True)
@@ -76,8 +77,8 @@ def prepare_beside_sharded(accelerator: Accelerator, args: tuple, is_sharded: li
 
 
 def _patch_accelerator_state(original):
-    """accelerate 1.15 (state.py, `AcceleratorState.__init__`) knows FSDP only on accelerators: gloo ranks on the CPU are
-    refused, although FSDP2 runs on them. Delete when MULTI_CPU is in that list."""
+    """accelerate 1.15 (state.py, `AcceleratorState.__init__`) knows FSDP only on accelerators: gloo ranks on the CPU
+    are refused, although FSDP2 runs on them. Delete when MULTI_CPU is in that list."""
 
     @functools.wraps(original)
     def __init__(self, *args, cpu=False, **kwargs):
@@ -86,7 +87,8 @@ def _patch_accelerator_state(original):
             accelerate.state.PartialState(cpu)
         shared = accelerate.state.PartialState._shared_state
         if shared.get("distributed_type") == DistributedType.MULTI_CPU:
-            shared["distributed_type"] = DistributedType.MULTI_GPU  # becomes FSDP before __init__ returns
+            # The original `__init__` turns this into FSDP before it returns.
+            shared["distributed_type"] = DistributedType.MULTI_GPU
         original(self, *args, cpu=cpu, **kwargs)
 
     return __init__
@@ -99,9 +101,9 @@ def _patch_dp_shard_enabled(original):
 
 
 def _patch_dispatch_batches(original):
-    """accelerate 1.15 (data_loader.py, `DataLoaderDispatcher`, its default for an `IterableDataset`) gives one and the same
-    batch to all ranks if there is a TP dim, to those of data parallelism too. Have each rank read the stream and keep its
-    rows. Delete when it deals by the mesh."""
+    """accelerate 1.15 (data_loader.py, `DataLoaderDispatcher`, its default for an `IterableDataset`) gives the same
+    batch to all ranks if there is a TP dim, also to ranks of different TP groups. Here each rank reads the dataset and
+    keeps its own rows. Delete when it deals by the mesh."""
 
     def dispatch_batches(self):
         asked = original.fget(self)
@@ -118,8 +120,8 @@ def _patch_dispatch_batches(original):
 
 
 def _patch_scheduler(original):
-    """accelerate 1.15 (scheduler.py, `AcceleratedScheduler.step`) steps once for each process, because each is taken to
-    have had a batch of its own; TP ranks share theirs. Delete when it divides by the TP size."""
+    """accelerate 1.15 (scheduler.py, `AcceleratedScheduler.step`) steps once for each process, because it assumes that
+    each had a batch of its own. TP ranks share a batch. Delete when it divides by the TP size."""
 
     @functools.wraps(original)
     def step(self, *args, **kwargs):
@@ -131,15 +133,16 @@ def _patch_scheduler(original):
             original(self, *args, **kwargs)
         finally:
             shared["num_processes"] = processes
-            accelerate.state.AcceleratorState()  # takes over what is shared
+            # AcceleratorState has a copy of the shared values, and takes them over when it is made.
+            accelerate.state.AcceleratorState()
 
     return step
 
 
 def _patch_gather_for_metrics(original):
     """accelerate 1.15 (accelerator.py, `gather_for_metrics`) gathers each sample once per TP rank, and then cuts the
-    copies of the last batch in the wrong place. Keep one rank's rows of each TP group. Delete when it gathers over the
-    data-parallel ranks only."""
+    copies of the last batch in the wrong place. Here the rows of one rank of each TP group are kept. Delete when it
+    gathers over the data-parallel ranks only."""
 
     @functools.wraps(original)
     def gather_for_metrics(self, input_data, use_gather_object=False):
@@ -148,7 +151,8 @@ def _patch_gather_for_metrics(original):
             return original(self, input_data, use_gather_object)
 
         def gather_once(data):
-            gathered = type(self).gather(self, data)  # rows of rank 0, rank 1, …: tp is the innermost mesh dim
+            # The rows come in the order of the ranks, and tp is the innermost mesh dim.
+            gathered = type(self).gather(self, data)
             return recursively_apply(
                 lambda t: t.unflatten(0, (self.num_processes // tp_size, tp_size, -1))[:, 0].flatten(0, 1), gathered
             )

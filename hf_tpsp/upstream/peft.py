@@ -1,4 +1,4 @@
-"""peft: what it does with a layer that it takes for a whole one."""
+"""peft: workarounds for what it does with a sharded layer, which it takes for a whole one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def _patch_features(original: Callable) -> Callable:
 
 
 def _patch_save_pretrained(original: Callable) -> Callable:
-    """peft 0.21 (peft_model.py, `save_pretrained`) cannot save a DTensor: it asks for the address of its storage, and there is none.
-    Collective here: every rank calls it, and the first writes the ordinary adapter folder. Delete when it gathers DTensors."""
+    """peft 0.21 (peft_model.py, `save_pretrained`) cannot save a DTensor: it asks for the address of its storage, and
+    there is none.
+    Collective here: every rank calls it, and the first writes the ordinary adapter folder. Delete when it gathers
+        DTensors."""
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
@@ -47,8 +49,9 @@ def _patch_save_pretrained(original: Callable) -> Callable:
 
 
 def _patch_update(original: Callable) -> Callable:
-    """peft 0.21 (utils/other.py, `ModulesToSaveWrapper.update`) copies the module, and what sharding has put on it would go on
-    using the original's parameters. Delete when what is put on a module is not bound to it."""
+    """peft 0.21 (utils/other.py, `ModulesToSaveWrapper.update`) copies the module with the forward that sharding has
+    put on it, which would go on using the original's parameters. Delete when what is put on a module is not bound to
+    it."""
 
     @functools.wraps(original)
     def update(self, *args, **kwargs):
@@ -60,8 +63,8 @@ def _patch_update(original: Callable) -> Callable:
 
 
 def _patch_update_layer(original: Callable) -> Callable:
-    """peft 0.21 (tuners/lora/dora.py, `DoraLinearLayer.update_layer`) takes the norms of the weight's rows together with plain
-    tensors. Delete when it gathers a DTensor, as it does ZeRO's parameters."""
+    """peft 0.21 (tuners/lora/dora.py, `DoraLinearLayer.update_layer`) takes the norms of the weight's rows, for which
+    it adds plain tensors to the weight. Delete when it gathers a DTensor, as it gathers ZeRO's parameters."""
 
     @functools.wraps(original)
     def update_layer(self, *, base_layer, **kwargs):
@@ -94,8 +97,8 @@ def _whole(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
-    """While inside, adapted layers in `module` run their base alone. peft 0.21's public switch (`disable_adapter`) changes
-    `requires_grad` too. Delete when it does not."""
+    """While inside, adapted layers in `module` run their base alone. peft 0.21's public switch (`disable_adapter`)
+    changes `requires_grad` too. Delete when it does not."""
     adapted = [part for part in module.modules() if vars(part).get("_disable_adapters") is False]
     for part in adapted:
         part._disable_adapters = True

@@ -57,10 +57,10 @@ def _patch_push(original):
 
 
 def _patch_neftune(original):
-    """transformers 5.23 (integrations/neftune.py, `neftune_post_forward_hook`) draws the noise as a DTensor, for which each
-    rank of a CPU mesh (torch 2.13, tensor/_random.py) draws the same numbers for another part of the sequence. Draw the
-    whole noise on every TP rank, as one process does, and keep this rank's part. Delete when DTensor's random operations
-    work on the CPU."""
+    """transformers 5.23 (integrations/neftune.py, `neftune_post_forward_hook`) draws the noise as a DTensor, for which
+    each rank of a CPU mesh (torch 2.13, tensor/_random.py) draws the same numbers for another part of the sequence.
+    Draw the whole noise on every TP rank, as one process does, and keep this rank's part. Delete when DTensor's random
+    operations work on the CPU."""
 
     @functools.wraps(original)
     def neftune_post_forward_hook(module, input, output):
@@ -90,9 +90,9 @@ def _patch_track_tokens(original):
 
 
 def _patch_num_items(original):
-    """transformers 5.23 (trainer.py, `_get_num_items_in_batch`) divides the count by the TP ranks, which it has been
-    multiplied by only where it was gathered over all ranks (`average_tokens_across_devices`). Delete when it divides
-    there."""
+    """transformers 5.23 (trainer.py, `_get_num_items_in_batch`) divides the count by the number of TP ranks. That is
+    right only if the count was gathered over all ranks (`average_tokens_across_devices`). Delete when it divides only
+    then."""
 
     @functools.wraps(original)
     def _get_num_items_in_batch(self, *args, **kwargs):
@@ -130,11 +130,14 @@ def _patch_training_arguments(original):
 
 @contextlib.contextmanager
 def _whole_missing_parameters(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, the parameters that a checkpoint lacks are plain and whole on every rank, to be initialised as by one
-    process; each rank then keeps its part. All ranks draw rank 0's numbers; ranks that were seeded apart stay so.
+    """While inside, the parameters that a checkpoint lacks are plain and whole on every rank, so that they are
+    initialised as in one process. Each rank then keeps its shard. All ranks draw rank 0's numbers; a rank whose random
+    state was another gets it back.
 
-    transformers 5.23 (modeling_utils.py, `_initialize_missing_keys`) initialises them as DTensors, of which every rank's part gets
-    the same numbers: half of a vocabulary would copy the other. Delete when each part gets numbers of its own, alike on all meshes.
+    transformers 5.23 (modeling_utils.py, `_initialize_missing_keys`) initialises them as DTensors, and every rank's
+    shard gets
+    the same numbers: half of a vocabulary would be a copy of the other half. Delete when each shard gets numbers of its
+    own, alike on all meshes.
     """
     missing = [
         (module, name, param)
@@ -142,7 +145,8 @@ def _whole_missing_parameters(model: PreTrainedModel) -> Iterator[None]:
         for name, param in module._parameters.items()
         if isinstance(param, DTensor) and not getattr(param, "_is_hf_initialized", False)
     ]
-    wholes: dict[int, nn.Parameter] = {}  # by parameter: tied ones stay one
+    # The id of a DTensor → its whole parameter, so that tied parameters share one.
+    wholes: dict[int, nn.Parameter] = {}
     for module, name, param in missing:
         if id(param) not in wholes:
             whole = torch.empty(param.shape, dtype=param.dtype, device=param._local_tensor.device)
@@ -185,11 +189,11 @@ def keep_name(model: nn.Module, name: str) -> None:
 
 
 def spare_grouped_mm(model: PreTrainedModel, tp_size: int) -> str | None:
-    """Have the experts run one by one if grouped matrix products cannot take their width on each of `tp_size` ranks. Returns
-    what was done, in words.
+    """Have the experts run one by one if grouped matrix products cannot take the width that each of `tp_size` ranks has
+    of them. Returns a sentence about it; None if nothing was changed.
 
-    torch 2.13 (`grouped_mm`) wants rows of multiples of 16 bytes: 8 elements in bf16, in which training may gather weights that
-    are fp32 here. Delete when it takes any width.
+    torch 2.13 (`grouped_mm`) needs rows of a multiple of 16 bytes: 8 elements in bf16. Weights that are fp32 here count
+    as bf16, because training may gather them so. Delete when it takes any width.
     """
     config = model.config.get_text_config()
     if getattr(config, "_experts_implementation", None) != "grouped_mm":
@@ -221,8 +225,9 @@ def _without_scores(module, query, key, value, attention_mask, scaling=None, **k
 def fused_attention() -> Iterator[None]:
     """While inside, `attn_implementation="fused"` is attention without scores or a mask.
 
-    transformers 5.23 (masking_utils.py, `_ignore_causal_mask_sdpa`) builds the mask, seq² large, when tensors are fake; with real
-    ones it leaves it out. It has no public way to take back what was registered. Delete when "sdpa" does without a mask there.
+    transformers 5.23 (masking_utils.py, `_ignore_causal_mask_sdpa`) builds the mask, seq² large, when tensors are fake;
+    with real ones it leaves it out. It has no public way to take back what was registered. Delete when "sdpa" does
+    without a mask there.
     """
     added = ((AttentionInterface, _without_scores), (AttentionMaskInterface, lambda *args, **kwargs: None))
     before = [interface._global_mapping.get("fused") for interface, _ in added]

@@ -1,4 +1,4 @@
-"""The releases of the libraries that are here, and those that the suite was run on, as setup.cfg names them."""
+"""The installed releases of the libraries, and the releases that the test suite was run on, as setup.cfg names them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ REACHED_INTO = ("torch", "transformers", "accelerate", "peft", "trl")
 
 @dataclass(frozen=True)
 class Library:
-    """A library: its version, None if it is not installed, and the versions the suite was run on, None if setup.cfg names none."""
+    """A library that hf_tpsp uses.
+
+    Attributes:
+        version: the installed version; None if it is not installed.
+        tested: the versions that the suite was run on; None if setup.cfg names none.
+    """
 
     name: str
     version: str | None
@@ -22,7 +27,8 @@ class Library:
 
     @property
     def is_tested(self) -> bool:
-        """Whether nothing is to be said against it: its version is in the range, or it is not here, or there is no range."""
+        """Whether there is nothing to warn about: the version is in the range, or none is installed, or no range is
+        known."""
         return not self.version or self.tested is None or self.tested.contains(self.version, prereleases=True)
 
 
@@ -34,7 +40,7 @@ def version_of(name: str) -> str | None:
 
 
 def declared() -> dict[str, SpecifierSet]:
-    """The ranges of setup.cfg, by library; empty for a copy of hf_tpsp that was not installed."""
+    """Library → the range of versions in setup.cfg; empty for a copy of hf_tpsp that was not installed."""
     try:
         lines = importlib.metadata.requires("hf_tpsp") or []
     except importlib.metadata.PackageNotFoundError:

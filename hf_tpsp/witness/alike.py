@@ -1,4 +1,4 @@
-"""What ranks must hold alike, compared: each rank's share is a few int64, and one gather over the job shows them to all."""
+"""Compares what ranks must hold alike: each makes a few int64 digests, and one gather shows them to the whole job."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def _first_difference(text: str, other: str) -> str:
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters as the optimizer knows them: inside the model's forward, FSDP has put gathered ones in some places."""
+    """The sharded parameters, as the optimizer holds them. Inside the model's forward, FSDP2 shows gathered ones in the
+    place of some."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in model.named_modules():
         for name in module._parameters:
@@ -61,7 +62,8 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def compare_state(model: PreTrainedModel, mesh) -> None:
-    """Raise `RuntimeError` on all ranks if two of them hold other values of the same piece of a parameter, or of a buffer."""
+    """Raise `RuntimeError` on all ranks if two of them hold different values of the same piece of a parameter, or of a
+    buffer."""
     shared = {n: p for n, p in sharded_parameters(model).items() if isinstance(p, DTensor) and is_replicated(p)}
     buffers = dict(model.named_buffers())
     tensors = [p._local_tensor for p in shared.values()] + list(buffers.values())
@@ -84,15 +86,16 @@ def gather_over_world(rows: Tensor) -> Tensor:
 
 
 def outline(local: Tensor | None) -> Tensor:
-    """`[2]` int64 that hold what is compared of a gradient: its norm, and its product with fixed numbers, both fp64. None is
-    none: infinite, and so equal to itself only."""
+    """The two numbers by which a gradient is compared, its norm and its product with fixed numbers: `[2]` int64 with
+    the bits of fp64. For a missing gradient (None) both are infinite, so that it equals only another missing one."""
     if local is None:
         return torch.full((2,), torch.inf, dtype=torch.float64).view(torch.int64)
     local = local.detach().reshape(-1)
     norm, product = local.new_zeros((), dtype=torch.float64), local.new_zeros((), dtype=torch.float64)
     for start in range(0, local.numel(), PIECE):
         piece = local[start : start + PIECE].double()
-        # As good as random, and no generator moves: fractional parts of multiples of the golden ratio (Weyl).
+        # The fixed numbers are the fractional parts of multiples of the golden ratio (Weyl). They are as good as random
+        # ones, and no generator advances.
         places = torch.arange(start, start + piece.numel(), device=local.device, dtype=torch.float64)
         product = product + piece @ ((places * 0.6180339887498949).frac() - 0.5)
         norm = norm + piece.square().sum()
@@ -119,14 +122,19 @@ def tp_groups(mesh) -> Tensor:
 
 
 def odd_ranks(values: Tensor, groups: Tensor, limit: float | None = None) -> tuple[int, int] | None:
-    """A rank whose entry of `values` `[world, …]` differs from that of the first rank of its group, and that rank; None if none
-    does. With a `limit`, `values` are `_outline`s, which may differ by so much of their norm."""
+    """A rank whose entry in `values` `[world, …]` differs from the first rank's of its group, and that first rank; None
+    if no rank differs.
+
+    Args:
+        limit: if given, `values` are `outline`s, and may differ by this fraction of the largest norm in the group.
+    """
     found = values[groups]
     differs = found != found[:, :1]
     if limit is not None:
         numbers = found.view(torch.float64)
         off = (numbers - numbers[:, :1]).abs() / numbers[..., :1].amax(1, keepdim=True)
-        differs &= ~(off <= limit)  # NaN is not small, but NaN that all have alike is one process's too
+        # A NaN is no small difference. Where all ranks have the same NaN, one process would have it too.
+        differs &= ~(off <= limit)
     differs = differs.flatten(2).any(2) if differs.dim() > 2 else differs
     if not differs.any():
         return None

@@ -1,4 +1,4 @@
-"""A module as it trains, split over the ranks, beside the module whole, as its class was written: on the same input."""
+"""Compares a module as it trains, split over the ranks, with the module as its class was written, on the same input."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ..upstream.torch.fake import without_modes
 from ..upstream.torch.modules import drop_hooks, without_hooks
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest relative difference of a block from the whole block, by the dtype it computes in. An error of the layouts is of the
-order of 1; fp64 cannot be asked for more, because transformers casts to fp32 inside norms and softmax."""
+"""Largest relative difference of a block from the whole block, by the dtype it computes in. A wrong layout makes a
+difference of about 1. The limit for fp64 is no smaller because transformers casts to fp32 inside norms and softmax."""
 
 
 LIMIT_TF32 = 1e-2
@@ -39,7 +39,7 @@ TOKENS = 8
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """A copy of a module that is not sharded yet, as its class was written, with parameters on meta and no dropout."""
+    """A copy of `module`, which is not sharded yet, as its class was written: on meta, without hooks and dropout."""
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in tensors}
     memo = {
@@ -62,8 +62,9 @@ def _random_rates(part: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """While inside, `module` has no dropout and its adapters are off; and what is computed is seen by no hook (transformers records
-    routers' logits by them) and no dispatch mode, kept by no checkpointing of the caller's, and moves no generator."""
+    """While inside, `module` has no dropout and its adapters are off, and running it leaves no trace: no hook sees it
+    (transformers records routers' logits by hooks), nor any dispatch mode, the caller's checkpointing keeps nothing of
+    it, and no generator advances."""
     before = [(part, name, getattr(part, name)) for part in module.modules() for name in _random_rates(part)]
     try:
         for part, name, _ in before:
@@ -83,8 +84,8 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs: dict, mesh) -> list:
-    """Relative differences of `module`'s output and of its input's gradient from those of `whole`, and their limit; empty if it
-    draws random numbers."""
+    """`[output, gradient of the input, limit]`: the relative differences of `module` from `whole`, and the limit of
+    both; empty if `module` draws random numbers."""
     with _undisturbed(module):
         whole.train(module.training)
         style = _unwrapped(module)._tpsp_style
@@ -106,7 +107,8 @@ def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs:
             return [relative_error(out, expected), 0.0, limit]
         if not out.requires_grad:
             return [relative_error(out, expected), torch.inf, limit]
-        # Any direction will do, but for a norm's own output, along which it does not change.
+        # The output's gradient may be any direction except the output itself, along which a norm's output does not
+        # change.
         direction = (
             torch.cos(torch.arange(expected.numel(), device=expected.device)).view_as(expected).to(expected.dtype)
         )
@@ -118,7 +120,8 @@ def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs:
 
 
 def _compare_lookup(whole: nn.Module, module: nn.Module, args: tuple, kwargs: dict, mesh) -> list:
-    """The same for the embedding, on the rows that this batch looks up: the whole vocabulary is never gathered."""
+    """`compare_with_whole` for the embedding, on the rows that this batch looks up: the whole weight is never
+    gathered."""
     (ids,) = args or kwargs.values()
     weight = module.weight.detach().to_local()
     looked_up, places = torch.unique(ids, return_inverse=True)
@@ -127,14 +130,15 @@ def _compare_lookup(whole: nn.Module, module: nn.Module, args: tuple, kwargs: di
     rows = weight[local.clamp(0, max(0, weight.shape[0] - 1))] * owned
     dist.all_reduce(rows, group=mesh.get_group())
     buffers = {name: _counterpart(module, name) for name, _ in whole.named_buffers()}
-    whole.padding_idx = None  # it concerns gradients alone, and names a row of the whole vocabulary
+    # The index names a row of the whole vocabulary, and matters for gradients only.
+    whole.padding_idx = None
     with torch.no_grad():
         expected = functional_call(whole, {**buffers, "weight": rows}, (places,))
         return [relative_error(module.forward(ids), expected), 0.0, limit_of(expected.dtype, expected.device)]
 
 
 def _compare_head(head: nn.Module, stream: Tensor, mesh) -> list:
-    """The same for the head together with the loss, on a few tokens: the whole weight is never gathered."""
+    """`compare_with_whole` for the head together with the loss, on a few tokens: the whole weight is never gathered."""
     some = full(stream)[:, :TOKENS].contiguous()
     labels = torch.arange(some.shape[:2].numel(), device=some.device).view(some.shape[:2]) * 7919 % head.out_features
     x = slice_sequence(some, mesh) if isinstance(stream, DTensor) else some.clone()
@@ -153,20 +157,26 @@ def _compare_head(head: nn.Module, stream: Tensor, mesh) -> list:
 
 
 def _with_leaf(args: tuple, kwargs: dict, keep: bool) -> tuple[tuple, dict, Tensor | None]:
-    """The arguments, copied, with gradients for the stream alone, which is returned too. `keep`: DTensors stay DTensors."""
+    """Copies of the arguments, and the stream among them, which alone requires a gradient.
+
+    Args:
+        keep: whether DTensors stay DTensors; otherwise they become whole tensors.
+    """
 
     def own(x: Tensor) -> Tensor:
         x = x.detach().clone()
         return x if keep else full(x)
 
     args, kwargs = tree_map_only(Tensor, own, (args, kwargs))
-    args = tuple(None if isinstance(x, Cache) else x for x in args)  # a cache must not take keys and values twice
+    # Caches are left out, because a cache must not take the same keys and values twice.
+    args = tuple(None if isinstance(x, Cache) else x for x in args)
     kwargs = {name: None if isinstance(x, Cache) else x for name, x in kwargs.items()}
     given = [*args, *kwargs.values()]
     streams = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()]
     stream = next((x for x in streams if isinstance(x, DTensor)), kwargs.get("hidden_states"))
     if not isinstance(stream, Tensor):
-        stream = streams[0] if streams else None  # an embedding is given none
+        # A module that is given indices only, as an embedding is, has no stream.
+        stream = streams[0] if streams else None
     return args, kwargs, None if stream is None else stream.requires_grad_()
 
 
@@ -176,7 +186,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _counterpart(module: nn.Module, name: str) -> Tensor:
-    """The tensor `name` of `module`, inside whatever peft has put around the modules on the way."""
+    """The tensor `name` of `module`, looked up through the wrappers that peft has put around the modules on the way."""
     *path, last = name.split(".")
     for part in path:
         module = getattr(_unwrapped(module), part)

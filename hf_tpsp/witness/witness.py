@@ -1,16 +1,17 @@
-"""What a proof on a small copy cannot show, checked on the user's own model, batch and sizes: `TPSPConfig(check=…)`.
+"""Checks on the user's own model, batch and sizes what a proof on a small copy cannot show: `TPSPConfig(check=…)`.
 
-In the first training forward (or in every N-th), before anything has been trained on it:
+The checks run in the first training forward (or in every N-th), before the optimizer steps on its gradients:
 
-* what all ranks must agree on is compared: the versions of the libraries, the config, the plan, and bit by bit every parameter
-  and buffer of which several ranks hold the same piece;
-* the embedding, the head with its loss, and one block and one norm of each kind are given their very input twice: as they train,
-  and whole, as the class was written. Outputs and gradients of the input must agree within the dtype's tolerance;
-* what the TP ranks compute alike is compared: the loss and the states of the random number generators bit by bit, and after
-  backward the gradients of the parameters that they share.
+* what all ranks must agree on is compared: the versions of the libraries, the config, the plan, and bit by bit every
+  parameter and buffer of which several ranks hold the same piece;
+* the embedding, the head with its loss, and one block and one norm of each kind are run twice on the input that they
+  get: as they train, and whole, as the class was written. Outputs and gradients of the input must agree within the
+  dtype's tolerance;
+* what the TP ranks compute alike is compared: the loss and the states of the random number generators bit by bit, and
+  after backward the gradients of the parameters that they share.
 
-A difference raises on all ranks, before the optimizer steps, and names the module. Each of the three takes one small exchange
-and one wait for the device.
+A difference raises on all ranks, before the optimizer steps, and names the module. Each of the three takes one small
+exchange and one wait for the device.
 """
 
 from __future__ import annotations
@@ -57,11 +58,17 @@ DRAWS, NOT_CALLED = "it draws random numbers", "it was not called"
 
 
 class Witness:
-    """Compares a parallelized model with itself whole, and its ranks with each other. Made before the model is sharded.
+    """Compares a sharded model's modules with the whole ones, and its ranks with each other.
 
     Args:
-        model: not sharded yet; its modules may be on meta.
-        plan: how it will be.
+        model: the model, not sharded yet; its modules may be on meta.
+        plan: the plan by which it will be sharded.
+
+    Attributes:
+        every: the period of the checks, in training forwards; 0 if they are not repeated.
+        next: how many training forwards the model runs before the next check; None if none is to come.
+        forwards: the number of training forwards so far.
+        wholes: the name of a module that is compared → its whole copy.
     """
 
     def __init__(self, model: PreTrainedModel, plan: dict[str, str], config: TPSPConfig):
@@ -71,7 +78,8 @@ class Witness:
         self.next = None if first == "off" else 0
         self.forwards = 0
         self.wholes: dict[str, nn.Module] = {}
-        if self.next is None or config.tp_size == 1:  # nothing is split
+        # On one TP rank no module is split, so there is none to compare with a whole one.
+        if self.next is None or config.tp_size == 1:
             return
         seen = set()
         for name, module in model.named_modules():
@@ -89,14 +97,15 @@ class Witness:
             self.wholes[name] = skeleton(module)
 
     def install(self, model: PreTrainedModel, gradients: ReplicatedGradients) -> None:
-        """Wrap `model.forward`, the outermost of its wrappers."""
+        """Wrap `model.forward`. This is the outermost of its wrappers."""
         if self.next is None:
             return
         self.model, self.gradients = model, gradients
         self.mesh = gradients.mesh
         inner = model.forward
 
-        @functools.wraps(inner)  # the Trainer reads its signature
+        # The Trainer reads the signature of the forward.
+        @functools.wraps(inner)
         def forward(*args, **kwargs):
             if not torch.is_grad_enabled():
                 return inner(*args, **kwargs)
@@ -109,7 +118,7 @@ class Witness:
         model.forward = forward
 
     def _is_simulated(self) -> bool:
-        """A simulated world (`hf_tpsp.estimate`) has sizes, and no values to compare."""
+        """Whether the world is simulated (`hf_tpsp.estimate`), and so has sizes, but no values to compare."""
         return any(is_fake(getattr(p, "_local_tensor", p)) for p in self.model.parameters())
 
     def _checked(self, inner, args: tuple, kwargs: dict) -> Any:
@@ -128,8 +137,9 @@ class Witness:
 
     @contextlib.contextmanager
     def _armed(self, errors: dict[str, list[Tensor]]) -> Iterator[None]:
-        """While inside, each of the chosen modules is compared with its whole when it is called for the first time. Layers that
-        are compiled run as they are written meanwhile: what is compared would be compiled with them."""
+        """While inside, compare each module in `wholes` with its whole copy when it is first called, and note the
+        result in `errors`. Compiled layers run uncompiled meanwhile, because the comparison would be compiled with
+        them."""
         handles = []
         modules = dict(self.model.named_modules())
 
@@ -138,7 +148,9 @@ class Witness:
                 if name not in errors:
                     try:
                         errors[name] = compare_with_whole(self.wholes[name], module, args, kwargs, self.mesh)
-                    except Exception as error:  # of a module that cannot be run by itself; its own run will tell
+                    except Exception as error:
+                        # A module that cannot run by itself is left out. If the error is the model's, its own run
+                        # raises it.
                         errors[name], self.reasons[name] = [], f"{type(error).__name__}: {error}".splitlines()[0]
 
             return before
@@ -154,12 +166,11 @@ class Witness:
                 handle.remove()
 
     def _judge_blocks(self, errors: dict[str, list[Tensor]]) -> None:
-        """Raise `RuntimeError` on all ranks if on one of them a module and its whole differ."""
+        """Raise `RuntimeError` on all ranks if a module differs from its whole copy on one of them."""
         device = next(self.model.parameters()).device
         names = list(self.wholes)
-        table = torch.zeros(
-            len(names), 3, dtype=torch.float64
-        )  # output, gradient of the input, whether it was compared
+        # Columns: the errors of output and input gradient, as multiples of the limit; whether the module was compared.
+        table = torch.zeros(len(names), 3, dtype=torch.float64)
         for row, name in enumerate(names):
             if errors.get(name):
                 *found, limit = errors[name]
@@ -202,11 +213,15 @@ class Witness:
                 )
 
     def _compare_gradients(self, parameters: dict[str, nn.Parameter]) -> bool:
-        """Whether there were gradients to compare, at the end of a backward; raises `RuntimeError` if they differ."""
+        """Compare the gradients of shared parameters at the end of a backward; raise `RuntimeError` if they differ.
+
+        Returns:
+            False if none of these gradients is there yet, so that a later backward must be compared.
+        """
         shared = {n: p for n, p in parameters.items() if isinstance(p, DTensor) and is_replicated(p)}
         if not any(p.grad is not None for p in shared.values()):
             return not any(p.requires_grad for p in shared.values())
-        # On local tensors: see `at_end_of_backward`.
+        # Operations on DTensors crash here, so local tensors are used: see `at_end_of_backward`.
         grads = [None if p.grad is None else p.grad._local_tensor for p in shared.values()]
         rows = torch.stack([outline(grad).to(self.mesh.device_type) for grad in grads])
         table = gather_over_world(rows)

@@ -2,21 +2,22 @@
 
 The two matrices of an adapter follow the layer they adapt, so that an adapter adds no collective to the activations:
 
-    layer                                        A                                 B
-    column-parallel                              replicated, a sum                 split as the layer's rows are
-      with its output gathered                   replicated, a sum                 replicated, a sum; each rank its rows
-    row-parallel                                 split as the layer's columns are  replicated, a sum
-    whole, in a block that is split              replicated, a sum                 replicated, a sum
-    in a block that is whole                     replicated                        replicated
+    layer                            A                                 B
+    column-parallel                  replicated, partial               split as the layer's rows are
+      with its output gathered       replicated, partial               replicated, partial; each rank its rows
+    row-parallel                     split as the layer's columns are  replicated, partial
+    whole, in a block that is split  replicated, partial               replicated, partial
+    in a block that is whole         replicated                        replicated
 
-"A sum": the gradient of a rank is a term of it. On a row-parallel layer, `base(x)` and `B A x` are both terms of a sum over
-the ranks and are scattered together, once. DoRA's magnitudes, one for each output feature, are laid out as the rows of B are;
-the norms that they scale take one all-reduce of `[out]` in the forward of a row-parallel layer.
+Here "partial" says that each rank's gradient is partial. On a row-parallel layer, `base(x)` and `B A x` are both
+partial outputs, and are reduced together, once. DoRA's magnitudes, one for each output feature, are laid out as the
+rows of B are; the norms that they scale take one all-reduce of `[out]` in the forward of a row-parallel layer.
 
 What `modules_to_save` copies (embedding, head, norms) is laid out over the TP ranks as its original is.
 
-FSDP shards none of this. It is replicated over data parallelism, on the mesh of FSDP's DTensors, and all gradients are added up
-at the end of each backward: one all-reduce over the TP ranks, with those of the norms, and one over the data-parallel ranks.
+FSDP shards none of this. All of it is replicated over data parallelism, on the mesh of FSDP's DTensors. Its gradients
+are reduced at the end of each backward: one all-reduce over the TP ranks, shared with the norms, and one over the
+data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from .layouts import adapter_layouts, copy_layouts
 
 
 def check_config(config: PeftConfig, on_shards: bool = False) -> None:
-    """Refuse the adapters that hf_tpsp cannot lay out; `on_shards`: that cannot be added to a sharded model. Raises
-    `ValueError`."""
+    """Raise `ValueError` if hf_tpsp cannot lay out these adapters, or, with `on_shards`, if they cannot be added to a
+    model that is sharded already."""
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"{config.peft_type.value} is not supported on a sharded model; use LoRA.")
     if config.target_parameters:
@@ -69,19 +70,20 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def adapter_state_dict(model: PeftModel) -> dict[str, Tensor]:
-    """The whole tensors of the adapters and of the trained copies, on the CPU of rank 0; empty elsewhere. Every rank must call
-    it."""
+    """The whole tensors of the adapters and of the trained copies, on the CPU of rank 0; empty elsewhere. Every rank
+    must call it."""
     ours = {n: t for n, t in model.state_dict().items() if "lora_" in n or ".modules_to_save." in n}
     return full_state_dict(model, ours)
 
 
 def saved_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What a folder of `model` holds: the adapters, as long as peft wraps it."""
+    """What is saved in a folder of `model`: the adapters if peft wraps it, else the whole model."""
     return adapter_state_dict(model) if is_adapted(model) else full_state_dict(model)
 
 
 def shard_adapted(model: PeftModel, config: TPSPConfig) -> PeftModel:
-    """`sharding.shard` for a model in memory that peft has wrapped: the base model first, as if nothing had been added."""
+    """Shard a model in memory that peft has wrapped: first the base model, without peft's wrappers, then the
+    adapters."""
     for peft_config in model.peft_config.values():
         check_config(peft_config)
     base = model.get_base_model()
@@ -100,7 +102,7 @@ def shard_adapted(model: PeftModel, config: TPSPConfig) -> PeftModel:
 
 
 def _added(model: nn.Module) -> tuple[dict[str, BaseTunerLayer], dict[str, ModulesToSaveWrapper]]:
-    """What peft has put around modules of `model`, by name: adapters, and copies that are trained whole."""
+    """peft's wrappers around modules of `model`, by name: those with adapters, and those with a trained copy."""
     modules = dict(model.named_modules())
     adapted = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     return adapted, {name: module for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
@@ -110,8 +112,8 @@ def shard_adapters(model: PeftModel) -> None:
     """Turn what peft has added to a parallelized model into DTensors, with rank 0's values, in place.
 
     Raises:
-        ValueError: an adapter that is not LoRA or DoRA on a linear layer inside the decoder layers; a copy of anything but the
-            embedding, the head or a norm.
+        ValueError: an adapter that is not LoRA or DoRA on a linear layer inside the decoder layers; a copy of anything
+            but the embedding, the head or a norm.
     """
     base = parallelized_model(model)
     for config in model.peft_config.values():
@@ -138,7 +140,7 @@ def shard_adapters(model: PeftModel) -> None:
 
 
 def _shard(module: nn.Module, style: Style, mesh: DeviceMesh, tp: TensorParallel) -> None:
-    """Lay `module`'s parameters out over the TP ranks, the last dim of `mesh`, alike on the others."""
+    """Lay `module`'s parameters out over TP, the last dim of `mesh`, and replicate them over the other dims."""
     for name, parameter in module.named_parameters(recurse=False):
         value = parameter.detach()
         if not value.is_meta:

@@ -31,10 +31,10 @@ class Adapter(Style):
     """One matrix of a low-rank adapter, beside the layer it adapts. No collective on activations.
 
     Args:
-        placement: of the weight on the TP ranks.
-        is_sum: whether the ranks' gradients are terms of a sum.
-        splits_input: whether the input is whole, of which the rank takes its own features.
-        rows: of the weight, those that this rank computes; None for all that it has.
+        placement: the placement of the weight on the TP mesh.
+        is_sum: whether each rank's gradient is partial.
+        splits_input: whether the input is whole, and this rank takes its own features of it.
+        rows: the rows of the weight whose output this rank keeps; None for all that it has.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Adapter(Style):
 
 
 def copy_layouts(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]:
-    """The trained copies that `wrapper` holds, and their layout: the original's."""
+    """The trained copies that `wrapper` holds, each with its layout, which is the original's."""
     check_copied(wrapper.original_module)
     layouts = []
     for module in wrapper.modules_to_save.values():
@@ -72,7 +72,8 @@ def copy_layouts(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]
 
 
 def check_copied(original: nn.Module) -> None:
-    """Raise `ValueError` unless a copy of `original`, a module of a sharded model, can be laid out as it is."""
+    """Raise `ValueError` unless a copy of `original`, a module of a sharded model, can be laid out like the
+    original."""
     style = style_of(original)
     if not isinstance(style, (Embedding, Head, Norm)) or (
         isinstance(style, ReplicatedPartial) and not is_norm(original)
@@ -88,7 +89,8 @@ def adapter_layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> li
     base = module.get_base_layer()
     style = style_of(base)
     in_block = isinstance(style, (Colwise, Rowwise, ReplicatedPartial, Replicated))
-    alone = isinstance(style, WholeBlock) and not style.sequence_parallel  # else it has the stream, or something else
+    # A layer that is a whole block by itself can be adapted, unless its input may be the sharded stream.
+    alone = isinstance(style, WholeBlock) and not style.sequence_parallel
     if type(module) is not Linear or not (in_block or alone):
         raise ValueError(
             f"{name} ({type(module).__name__} on a {type(base).__name__}) cannot be adapted on a sharded model: hf_tpsp "
@@ -120,12 +122,12 @@ def adapter_layouts(name: str, module: BaseTunerLayer, config: TPSPConfig) -> li
 
 
 class Magnitude(Adapter):
-    """DoRA's magnitudes `[out]` beside a layer whose rank has rows of the weight, or columns, or all of it.
+    """DoRA's magnitudes `[out]`, beside a layer that is split by rows or by columns of its weight, or not at all.
 
     Args:
         layer: the layout of the adapted layer.
 
-    Forward: an all-reduce of `[out]` on a row-parallel layer, for the norms. They are constants to autograd.
+    Forward: on a row-parallel layer, one all-reduce of `[out]` for the norms, which are constants to autograd.
     """
 
     def __init__(self, config: TPSPConfig, placement, is_sum: bool, layer: Style):
@@ -144,7 +146,7 @@ class Magnitude(Adapter):
 
 
 def _local_product(lora_A: nn.Module, lora_B: nn.Module, adapter_name: str | None = None) -> Tensor:
-    """This rank's part of `B A`. Only its norm is wanted, which has no gradient."""
+    """This rank's part of `B A`, detached: only its norm is used, and that has no gradient."""
     return (to_local(lora_B.weight) @ to_local(lora_A.weight)).detach()
 
 
@@ -156,8 +158,10 @@ def _norm_of_rows(
     scaling: float,
     adapter_name=None,
 ) -> Tensor:
-    """Norms of the rows of `W + scaling * B A`. Where each rank has some columns, one all-reduce `over` the ranks."""
-    if isinstance(weight, DTensor):  # outside of the forward
+    """Norms of the rows of `W + scaling * B A`. If each rank has some columns only, one all-reduce `over` the TP
+    mesh."""
+    # Inside the forward the weight is this rank's local tensor. Outside of it, where peft merges, it is a DTensor.
+    if isinstance(weight, DTensor):
         raise ValueError(
             "peft merges DoRA by putting another tensor in the weight's place, which a sharded one does not take. Save the "
             "adapter, and merge it in one process."

@@ -1,4 +1,4 @@
-"""What is put around peft: adapters that are added to a sharded model are sharded too."""
+"""Patches of peft, by which adapters that are added to a sharded model are sharded too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _patch_init(original: Callable) -> Callable:
 
 
 def _checked_update(original: Callable) -> Callable:
-    """`ModulesToSaveWrapper.update`, which copies a module: of a sharded one, only what hf_tpsp can lay out."""
+    """`ModulesToSaveWrapper.update`, which copies a module. It refuses a sharded one whose copy cannot be laid out."""
 
     @functools.wraps(original)
     def update(self, *args, **kwargs):

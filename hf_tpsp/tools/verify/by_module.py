@@ -1,12 +1,13 @@
 """Where a difference from one process begins: each module's output, its gradient, and its parameters' (`--by-module`).
 
-`record` runs one forward and backward of the model in one process, and of the same model on the mesh, and keeps what every
-module returned and the gradient that came back to it. Rank 0 then has the parts of all ranks, and joins them. Both models are
-as they were afterwards, but for having run.
+`record` runs one forward and backward of the model in one process, and of the same model on the mesh, and keeps what
+every module returned and the gradient that came back to it. Rank 0 then has the parts of all ranks, and joins them. The
+weights of both models are left as they were.
 
-What a module returns is whole, or sharded over the sequence, unless the module stands inside a block that is split. There, a
-rank has its own features or heads, or a term of a sum. Which one, the parts' shapes say, or else the reading that comes nearest
-to one process is taken; so these modules only help to look further inside a block that is off, and never put one under suspicion.
+What a module returns is whole, or sharded over the sequence, unless the module is inside a split block. There, a rank
+has its own features or heads, or a partial output. The shapes of the parts say which, or else the reading that is
+nearest to one process is taken. So these modules only help to look further inside a block that is off, and never make
+one suspect.
 """
 
 from __future__ import annotations
@@ -32,19 +33,23 @@ from ...upstream.torch.autograd import in_backward
 from .comparison import Errors, backward, data_parallel_rank, larger, largest, relative, shard_batch
 
 Call = tuple[str, int]
-"""A module's name, and which of its calls."""
+"""A module's name, and the number of its call, from 1."""
 
 
 @dataclass
 class ModuleErrors:
-    """The relative errors of one call of one module. None: there is nothing, or nothing whole, to compare.
+    """The relative errors of one call of one module. An error is None if there is nothing, or nothing whole, to
+    compare.
 
     Attributes:
-        kind: its class. call: which of its calls, from 1.
-        output: of the first floating tensor that it returned; gradient: of the gradient of that.
-        parameters: the largest of its own parameters' gradients, those of modules inside that are never called included;
-            `parameter`: where that is.
-        is_inside: whether it stands inside a split block, where a rank has a part of what one process has.
+        kind: the module's class.
+        call: the number of the call, from 1.
+        output: the error of the first floating tensor that the module returned.
+        gradient: the error of the gradient of that tensor.
+        parameters: the largest error of its own parameters' gradients, and of those of inner modules that are never
+            called.
+        parameter: the parameter with that error.
+        is_inside: whether it is inside a split block, where a rank has a part of what one process has.
         takers: the modules that are given its output, from whose backward its gradient comes.
         backward: its place in the order in which gradients arrive, from 0.
     """
@@ -66,8 +71,8 @@ class Part:
     """What one rank has of a tensor.
 
     Attributes:
-        dim: along which its DTensor is sharded, if it is one that is.
-        features: which of the last dimension these are, if the module's layout says so.
+        dim: the dim along which its DTensor is sharded; None if it is no sharded DTensor.
+        features: the indices in the last dim that this rank has, if the module's layout says so.
     """
 
     local: Tensor
@@ -79,8 +84,10 @@ class Recorder:
     """While entered, keeps what each module of `model` returns, and the gradient of that.
 
     Attributes:
-        outputs: in the order in which the calls end. gradients: in the order in which they arrive.
-        takers: call → the outermost modules that are given its very output. calls: name → number of calls.
+        outputs: call → output, in the order in which the calls end.
+        gradients: call → the gradient of the output, in the order in which they arrive.
+        takers: call → the outermost modules that are given this very output.
+        calls: name → number of calls.
     """
 
     def __init__(self, model: nn.Module):
@@ -89,7 +96,8 @@ class Recorder:
         self.gradients: dict[Call, Part] = {}
         self.takers: dict[Call, list[str]] = {}
         self.calls: Counter[str] = Counter()
-        self._made: dict[int, tuple[Tensor, Call]] = {}  # the tensors are kept, so that no other has the same id
+        # The id of an output → the output and its call. The output is kept, so that no other tensor gets the same id.
+        self._made: dict[int, tuple[Tensor, Call]] = {}
 
     def __enter__(self) -> Recorder:
         self._handles = [
@@ -108,7 +116,8 @@ class Recorder:
         self._made.clear()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if in_backward():  # a checkpointed layer, which runs once more
+        # In backward a checkpointed layer runs again, which is not recorded.
+        if in_backward():
             return
         name = self.names[module]
 
@@ -129,10 +138,12 @@ class Recorder:
         self.calls[name] += 1
         call = name, self.calls[name]
         features = getattr(style_of(module), "rows", None)
-        features = features if isinstance(features, Tensor) else None  # an embedding's are its words
+        # The `rows` of an embedding are those of its vocabulary, and no features.
+        features = features if isinstance(features, Tensor) else None
         self._made[id(output)], self.takers[call] = (output, call), []
         if isinstance(output, LazyLogits):
-            # Not by reading them, which would have the loss know. Their gradient is inside the loss.
+            # The logits are computed apart, because the loss would notice if they were read. Their gradient is in the
+            # loss.
             with torch.no_grad():
                 self.outputs[call] = part_of(output._run(output.hidden))
             return
@@ -145,7 +156,7 @@ class Recorder:
 
 
 def part_of(x: Tensor, features: Tensor | None = None) -> Part:
-    """A copy: the model may write into `x`."""
+    """This rank's part of `x`, as a copy, because the model may write into `x`."""
     if not isinstance(x, DTensor):
         return Part(x.detach().clone(), None, features)
     (placement,) = x.placements
@@ -157,7 +168,7 @@ def is_within(name: str, outer: str) -> bool:
 
 
 def inside_split_blocks(model: nn.Module) -> set[str]:
-    """The names of what stands inside blocks of which each rank computes a part."""
+    """The names of the modules inside split blocks."""
     styles = {name: style_of(module) for name, module in model.named_modules()}
     blocks = [name for name, style in styles.items() if isinstance(style, Block) and not isinstance(style, WholeBlock)]
     return {name for name in styles if any(name != block and is_within(name, block) for block in blocks)}
@@ -168,10 +179,12 @@ class Recording:
     """What one step has left on rank 0.
 
     Attributes:
-        expected: of the model in one process. found: of the other, by (data-parallel rank, TP rank): outputs, gradients and calls.
-        batch: `[rows, seq]`. kinds: name → class, of every module.
-        inside: the names of what stands inside split blocks.
-        zero: a norm up to which a gradient is rounding.
+        expected: what the model in one process has left.
+        found: (data-parallel rank, TP rank) → outputs, gradients and calls of the model on the mesh.
+        batch: `[rows, seq]`.
+        kinds: name → class, of every module.
+        inside: the names of the modules inside split blocks.
+        zero: the norm up to which a gradient is only rounding.
     """
 
     expected: Recorder
@@ -183,10 +196,10 @@ class Recording:
     zero: float
 
     def parts(self, kind: int, call: Call) -> list[list[Part]] | None:
-        """All ranks', `[data-parallel rank][TP rank]`. `kind`: 0 for the output, 1 for its gradient.
+        """The parts of all ranks, `[data-parallel rank][TP rank]`. `kind`: 0 for the output, 1 for its gradient.
 
-        None if one has none, or calls the module more or less often than one process: an expert that none of its tokens
-        chooses is not called, and its calls cannot be told apart from the others'.
+        None if a rank has no part, or calls the module more or less often than one process does: an expert that none of
+        the rank's tokens chooses is not called, and it cannot be told which of its calls match.
         """
         size = self.config
         ranks = [[self.found[dp, tp] for tp in range(size.tp_size)] for dp in range(size.dp_size)]
@@ -197,7 +210,7 @@ class Recording:
         return [[rank[kind][call] for rank in row] for row in ranks]
 
     def errors(self) -> list[ModuleErrors]:
-        """Of each call, in the order in which they end in one process."""
+        """The errors of each call, in the order in which the calls end in one process."""
         order = {call: i for i, call in enumerate(self.expected.gradients)}
         rows = []
         for call, output in self.expected.outputs.items():
@@ -207,7 +220,8 @@ class Recording:
             if (table := self.parts(0, call)) is not None:
                 row.output = error_of(table, output.local, self.batch, is_inside=row.is_inside)
             if call in order and (table := self.parts(1, call)) is not None:
-                expected = self.expected.gradients[call].local * self.config.dp_size  # FSDP will average over it
+                # The loss was scaled up by the data-parallel size, over which FSDP2 averages parameters' gradients.
+                expected = self.expected.gradients[call].local * self.config.dp_size
                 row.gradient = error_of(
                     table, expected, self.batch, is_inside=row.is_inside, is_gradient=True, zero=self.zero
                 )
@@ -219,7 +233,7 @@ def record(
     reference: nn.Module, model: nn.Module, batch: dict[str, Tensor], items: Tensor, config: TPSPConfig, mesh: DeviceMesh,
     *, sums: bool,
 ) -> Recording | None:  # fmt: skip
-    """Run one step of both, without an optimizer. Collective; the recording is rank 0's.
+    """Run one step of both models, without an optimizer. Collective. Rank 0 gets the recording, the others None.
 
     Args:
         items, sums: as for `train_beside`.
@@ -251,20 +265,24 @@ def error_of(
     table: list[list[Part]], expected: Tensor, batch: torch.Size, *, is_inside: bool, is_gradient: bool = False,
     zero: float | None = None,
 ) -> float | None:  # fmt: skip
-    """The largest relative error over data parallelism of what the parts make together; None if that cannot be told.
+    """The largest relative error, over the data-parallel ranks, of the tensor that the TP ranks' parts make together;
+    None if it cannot be told how they fit together.
 
     Args:
-        table: parts by data-parallel rank and TP rank. batch: `[rows, seq]`, whose rows data parallelism shares out.
-        zero: a norm of `expected` up to which it is rounding.
+        table: the parts by data-parallel rank and TP rank.
+        batch: `[rows, seq]`. The rows are shared out over the data-parallel ranks.
+        zero: the norm up to which `expected` is only rounding.
     """
     table = [joined(parts, expected) for parts in table]
     rows = [parts[0].local.shape[:1].numel() for parts in table]
     owns = [expected] * len(table)
     if expected.dim() and set(rows) == {len(expected) / len(table)} and len(expected) in (batch[0], batch.numel()):
         owns = expected.chunk(len(table))
-    elif set(rows) != {expected.shape[:1].numel()}:  # the tokens of an expert, in an order of its own
+    elif set(rows) != {expected.shape[:1].numel()}:
+        # These are the tokens of an expert, in an order of its own.
         return None
-    elif is_gradient:  # of what serves all rows, as positions do: a term from each rank's
+    elif is_gradient:
+        # The tensor serves all rows, as positions do, and each data-parallel rank has a partial gradient of it.
         columns = zip(*table, strict=True)
         table, owns = [[replace(parts[0], local=sum(p.local for p in parts)) for parts in columns]], [expected]
     found = 0.0
@@ -278,11 +296,12 @@ def error_of(
 
 
 def joined(parts: list[Part], expected: Tensor) -> list[Part]:
-    """The TP ranks' parts of a DTensor as one; others as they are."""
+    """The TP ranks' parts of a sharded DTensor joined into one; other parts as they are."""
     if (dim := parts[0].dim) is None:
         return parts
     whole = torch.cat([part.local for part in parts], dim)
-    if whole.dim() == expected.dim() + 1:  # a block that returns `[batch * seq, …]`, which hf_tpsp gives back its batch
+    # A block may return `[batch * seq, …]`. hf_tpsp gives that its batch dim back.
+    if whole.dim() == expected.dim() + 1:
         whole = whole.flatten(0, 1)
     return [Part(whole)]
 
@@ -290,11 +309,13 @@ def joined(parts: list[Part], expected: Tensor) -> list[Part]:
 def readings(
     parts: list[Part], expected: Tensor, is_inside: bool, is_gradient: bool
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """What the TP ranks' parts may be of a whole tensor: pairs of what was found and what it must be, for each way to read them."""
+    """The ways to read the TP ranks' parts of a whole tensor. Each way is a list of pairs: what was found, what is
+    expected."""
     tensors = [part.local for part in parts]
     shapes = [tensor.shape for tensor in tensors]
     if parts[0].features is not None:
-        if is_gradient:  # features that several ranks have: each has a term of their gradient
+        if is_gradient:
+            # Several ranks may have the same feature. Each then has a partial gradient of it.
             whole = torch.zeros_like(expected)
             for part in parts:
                 whole.index_add_(-1, part.features, part.local)
@@ -312,8 +333,8 @@ def readings(
 
 
 def add_parameters(rows: list[ModuleErrors], errors: Errors) -> None:
-    """Enter the error of each parameter's gradient at the module that has it, or at the nearest around it that is called: at its
-    first call, whose backward is the last to add to the gradient."""
+    """Enter the error of each parameter's gradient in the row of the module that has it, or of the nearest module
+    around it that is called. The row is that of the first call, whose backward is the last to add to the gradient."""
     first = {row.name: row for row in reversed(rows)}
     for parameter, error in errors.of.items():
         name = parameter
@@ -326,16 +347,18 @@ def add_parameters(rows: list[ModuleErrors], errors: Errors) -> None:
 
 
 def is_off(error: float | None, limit: float) -> bool:
-    """NaN is."""
+    """Whether `error` is above `limit`. NaN is."""
     return error is not None and not error <= limit
 
 
 def off_from(rows: Iterable[ModuleErrors], limit: float) -> tuple[ModuleErrors | None, ModuleErrors | None]:
-    """The first module whose output is off, and in the order of backward the first whose gradient is off, or a parameter's."""
+    """The first module whose output is off, and in the order of backward the first whose gradient is off, or a
+    parameter's."""
     rows = list(rows)
     forward = next((row for row in rows if not row.is_inside and is_off(row.output, limit)), None)
     arrived = sorted((row for row in rows if row.backward is not None), key=lambda row: row.backward)
-    others = [row for row in reversed(rows) if row.backward is None]  # whose output no gradient reaches: last
+    # Modules whose output no gradient reaches come last.
+    others = [row for row in reversed(rows) if row.backward is None]
     wrong = (
         row
         for row in (*arrived, *others)
@@ -345,7 +368,7 @@ def off_from(rows: Iterable[ModuleErrors], limit: float) -> tuple[ModuleErrors |
 
 
 def verdict(rows: list[ModuleErrors], limit: float) -> list[str]:
-    """Where forward and backward are off from, in words; none if they are not."""
+    """From which module on forward and backward are off: a sentence each, none if they are not."""
     forward, backward = off_from(rows, limit)
     lines = []
     if forward is not None:

@@ -1,6 +1,6 @@
 """The one comparison with one process: `verify`, the test suite and the recipes all go by it.
 
-A value that is not a number is never equal to anything, nor lost behind a larger one: Python's `max` would lose it.
+NaN is never equal to anything, and is never lost behind a larger error, as it might be with Python's `max`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ KINDS = ("loss", "gradient", "norm", "weight")
 
 
 class KeepFp64(TorchFunctionMode):
-    """No cast of an fp64 tensor to fp32. transformers casts inside norms, softmax and loss, which leaves 1e-7 of rounding
-    in an fp64 comparison, and more where terms cancel; without it, what remains is error."""
+    """Leaves out the casts of fp64 tensors to fp32. transformers casts inside norms, softmax and loss, which leaves
+    1e-7 of rounding in an fp64 comparison, and more where numbers cancel. Without the casts, what remains is error."""
 
     def __enter__(self):
         self._backward = backward = Recomputed.backward
 
-        def with_mode(ctx, grad):  # the autograd engine runs without the modes of its caller
+        # The autograd engine runs without the modes of its caller.
+        def with_mode(ctx, grad):
             TorchFunctionMode.__enter__(self)
             try:
                 return backward(ctx, grad)
@@ -62,7 +63,7 @@ def relative(found: Tensor, expected: Tensor, zero: float | None = None) -> floa
     """‖found - expected‖ / ‖expected‖; a zero tensor must stay zero.
 
     Args:
-        zero: a norm of `expected` up to which it is zero but for rounding, and must only stay so.
+        zero: the norm up to which `expected` is zero but for rounding. `found` must then be about zero too.
     """
     norm = expected.norm().item()
     if zero is not None and norm <= zero:
@@ -71,7 +72,7 @@ def relative(found: Tensor, expected: Tensor, zero: float | None = None) -> floa
 
 
 def relative_number(found: float, expected: float) -> float:
-    """The same of two numbers."""
+    """`relative` for two numbers."""
     return abs(found - expected) / (abs(expected) or 1.0)
 
 
@@ -131,7 +132,7 @@ def compare_gradients(reference: nn.Module, model: nn.Module, errors: Errors, ro
     """Add the error of each gradient of `model`, on the mesh, to `errors`.
 
     Args:
-        rounding: a gradient that is zero but for rounding, beside the norm of all, must only stay so.
+        rounding: whether a gradient that is zero but for rounding, beside the norm of all, must only stay about zero.
     """
     pairs = list(zip(reference.named_parameters(), model.named_parameters(), strict=True))
     norm = torch.stack([a.grad.norm() for (_, a), _ in pairs if a.grad is not None]).norm().item()
@@ -148,7 +149,7 @@ def compare_gradients(reference: nn.Module, model: nn.Module, errors: Errors, ro
 
 
 def backward(model: nn.Module, batch: dict[str, Tensor], items: Tensor, scale: float = 1) -> float:
-    """The loss of `batch`, of whose `scale`-fold the gradients are added up."""
+    """The loss of `batch`. The gradients of `scale` times this loss are added to the parameters' `.grad`."""
     loss = model(**batch, num_items_in_batch=items).loss
     (loss * scale).backward()
     return loss.item()
@@ -174,7 +175,7 @@ def train_beside(
         norms: compare the norm of all gradients too, as clipping to it would.
         every_gradient: compare the gradients of every step, not of the first alone.
     """
-    # Weights whose gradient is rounding alone (a key's bias) get random signs from Adam: eps keeps them still.
+    # Adam would step at random where a gradient is only rounding (a key's bias). eps keeps such weights still.
     optimizers = [
         torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
         for part in (reference, model)

@@ -1,4 +1,5 @@
-"""The support table: every causal-LM model type of the installed transformers, verified one by one (`hf-tpsp verify --all`)."""
+"""The support table: every causal-LM model type of the installed transformers, verified one by one (`hf-tpsp verify
+--all`)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from .comparison import larger
 from .verify import Result, verify
 
 RUNS = (
-    # An odd vocabulary and an odd length, and an MoE's auxiliary loss, which over several batches is not one process's.
+    # This run has an odd vocabulary, an odd length, and an MoE's auxiliary loss, which several batches change.
     {"dp": 1, "length": 17, "vocabulary": 131, "settings": {"output_router_logits": True}},
     {"dp": 2, "length": 16, "vocabulary": 128, "settings": {}},
 )
@@ -28,7 +29,13 @@ RUNS = (
 
 @dataclass
 class Verdict:
-    """What the runs of one model type say. `runs`: in fp32; each that exceeds the limit was run again in fp64."""
+    """What the runs of one model type say.
+
+    Attributes:
+        has_plan: whether transformers has a tensor-parallel plan for it.
+        runs: the runs in fp32.
+        again: the fp64 runs of those that exceed the limit in fp32.
+    """
 
     model_type: str
     has_plan: bool
@@ -65,7 +72,8 @@ def check(model_type: str, tp_size: int, pool: RankPool) -> Verdict:
 
 
 def check_all(names: Iterable[str], tp_size: int, jobs: int, results: Path) -> Iterator[Verdict]:
-    """The verdict on each model type, as it is reached. Those that `results` holds are not run again; new ones are added.
+    """The verdict on each model type, as it is reached. Those that `results` holds are not run again; new ones are
+    added.
 
     Args:
         jobs: how many sets of ranks run side by side.
@@ -96,7 +104,7 @@ def check_all(names: Iterable[str], tp_size: int, jobs: int, results: Path) -> I
 
 
 def load(results: Path) -> dict[str, Verdict]:
-    """What `check_all` has written. Raises `ValueError` if it was not."""
+    """The verdicts that `check_all` has written. Raises `ValueError` if the file holds no such verdicts."""
     try:
         rows = json.loads(results.read_text())
         return {
@@ -110,7 +118,7 @@ def load(results: Path) -> dict[str, Verdict]:
 
 
 def cells(verdict: Verdict) -> list[str]:
-    """A row of the table."""
+    """The cells of the table's row for this verdict."""
     if verdict.error or not verdict.runs:
         return [verdict.model_type, "", "", "refused" if verdict.error else "", "", "", verdict.error]
     first = verdict.runs[0]

@@ -1,8 +1,9 @@
-"""Parity of an architecture with one process, shown on a small copy: loss, every gradient, and the weights after two steps.
+"""Parity of an architecture with one process, shown on a small copy: loss, every gradient, and the weights after two
+steps.
 
-`verify` starts gloo ranks on this machine, builds the copy (`shrink.py`) on each, parallelizes one of two, and trains both. It
-says of an architecture that its layouts are right; what depends on the model's own sizes (heads, kv heads, packed widths), the plan
-checks on the model itself.
+`verify` starts gloo ranks on this machine, builds the copy (`shrink.py`) twice on each, shards one of the two, and
+trains both. This shows that the layouts of the architecture are right. What depends on the sizes of the user's model
+(heads, kv heads, packed widths) is checked by the plan, on that model itself.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
                        "indexer_compress_ratio": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
 }  # fmt: skip
-"""Model type → what transformers' default config leaves out, or has only one kind of layer of."""
+"""Model type → settings that transformers' default config lacks, or with which the copy has each kind of layer."""
 
 
 WEIGHTS_LIMIT = 1e-4
@@ -62,10 +63,12 @@ class Result:
     """What `verify` found for one architecture on one mesh.
 
     Attributes:
-        loss, gradient, weights: the largest relative errors; `parameter`: where the gradient's is.
-        sequence_parallel, loss_parallel: whether the stream was sharded over the sequence, and the logits over the vocabulary.
-            notes: why not, and what is not split.
-        collectives: of a decoder layer, the one that has most, forward and backward, by kind, as its styles state them.
+        loss, gradient, weights: the largest relative errors.
+        parameter: the parameter whose gradient has the largest error.
+        sequence_parallel: whether the stream was sharded over the sequence.
+        loss_parallel: whether the logits were sharded over the vocabulary.
+        notes: why they were not, and what is not split.
+        collectives: kind → number in forward and backward of the decoder layer that has most, as its styles state them.
         worst: the ten parameters whose gradients are furthest off, and their relative errors.
         modules: with `by_module`, the errors of every module, in the order of execution.
         error: why there are no figures.
@@ -100,26 +103,28 @@ class Result:
     @property
     def is_equal(self) -> bool:
         errors = (self.loss, self.limit), (self.gradient, self.limit), (self.weights, self.weights_limit)
-        return not self.error and all(error <= limit for error, limit in errors)  # NaN is no error that is small
+        # NaN is never at most the limit.
+        return not self.error and all(error <= limit for error, limit in errors)
 
     @property
     def off_from(self) -> tuple[str, str]:
-        """With `by_module`, the first module whose output is off, and in the order of backward the first whose gradient is. `""`:
-        none is."""
+        """With `by_module`: the first module whose output is off, and the first in the order of backward whose gradient
+        is off. `""` if there is none."""
         return tuple(row.name if row else "" for row in off_from(self.modules, self.limit))
 
     @property
     def verdict(self) -> list[str]:
-        """The same in words."""
+        """What `off_from` says, in words."""
         return verdict(self.modules, self.limit)
 
 
 def compare(
     build: Callable[[], PreTrainedModel], config: TPSPConfig, length: int, by_module: bool = False
 ) -> dict[str, Any]:
-    """Train the model that `build` makes, and the same parallelized, on every rank. Returns fields of a `Result`."""
+    """Train the model that `build` makes, and a sharded one like it, on every rank. Returns fields of a `Result`."""
     reference, model = build(), build()
-    if dist.get_rank() > 0:  # parallelize must take rank 0's
+    # Sharding must take rank 0's weights, so those of the other ranks are zeroed.
+    if dist.get_rank() > 0:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
@@ -131,7 +136,8 @@ def compare(
     labels = ids.clone()
     labels[:, : length // 4] = -100
     items = (labels[:, 1:] != -100).sum()
-    with torch.no_grad():  # a model that computes its loss itself takes the mean, whatever number it is given
+    # A model that computes its loss itself takes the mean, whatever `num_items_in_batch` it is given.
+    with torch.no_grad():
         sums = reference(input_ids=ids, labels=labels, num_items_in_batch=items).loss
         sums = not torch.equal(sums, reference(input_ids=ids, labels=labels, num_items_in_batch=2 * items).loss)
     steps = [[{"input_ids": ids, "labels": labels}]] * STEPS
@@ -233,9 +239,11 @@ def verify(
 
     Args:
         source: a model type of transformers (`"qwen3"`), or a checkpoint folder, whose own code is run.
-        length: tokens of each of two rows for each data-parallel rank. vocabulary: of the copy. dtype: float32 or float64.
+        length: tokens of each of two rows for each data-parallel rank. vocabulary: of the copy. dtype: float32 or
+            float64.
         settings: further fields of the copy's config.
-        by_module: compare every module's output, and the gradient of that, too, to find where a difference begins. The check
+        by_module: compare every module's output, and the gradient of that, too, to find where a difference begins. The
+            check
             that a first step makes of itself is left out then: it would end what is to be compared.
         pool: ranks that are running already.
 

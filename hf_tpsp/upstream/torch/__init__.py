@@ -1,1 +1,1 @@
-"""torch: workarounds, and what it keeps private. They know nothing of hf_tpsp, and every room may use them."""
+"""torch: workarounds, and uses of its private names. They know nothing of hf_tpsp, and every room may use them."""

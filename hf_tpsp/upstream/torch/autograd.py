@@ -1,4 +1,4 @@
-"""torch's autograd: questions that have no public form."""
+"""torch's autograd: what it gives no public way to ask or to do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-keep_version = (
-    _unsafe_preserve_version_counter  # a context in which a tensor is written to and autograd does not notice
-)
+# A context in which a tensor can be written to without autograd noticing.
+keep_version = _unsafe_preserve_version_counter
 
 
 def in_backward() -> bool:
@@ -21,10 +20,12 @@ def in_backward() -> bool:
 
 
 def check_accumulates(node) -> None:
-    """Raise `ValueError` if the running backward does not end in the `.grad` of a leaf, whose `AccumulateGrad` is `node`.
+    """Raise `ValueError` if the running backward does not end in the `.grad` of a leaf, whose `AccumulateGrad` is
+    `node`.
 
-    torch 2.13 (`torch.autograd.grad`) hands out what arrives at a parameter: here one rank's term of its gradient. The question
-    whether it will accumulate has no public form, and is answered by an exception if not.
+    torch 2.13 (`torch.autograd.grad`) returns what arrives at a parameter, which here is a partial gradient. There is
+    no public way to ask whether a backward accumulates into `.grad`. The private one may answer no with a
+    `RuntimeError`.
     """
     try:
         accumulates = torch._C._will_engine_execute_node(node)
@@ -44,8 +45,8 @@ def saved_tensors_are_hooked() -> bool:
 
 @contextlib.contextmanager
 def without_inference_mode() -> Iterator[None]:
-    """`torch.no_grad` in place of `torch.inference_mode`, if that is on: the gathered parameters, and the tables that models
-    keep, outlive the call, and a tensor that was made in inference mode can never be trained with."""
+    """`torch.no_grad` in place of `torch.inference_mode`, if that is on: the gathered parameters, and the tables that
+    models keep, outlive the call, and a tensor that was made in inference mode can never be trained with."""
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
@@ -54,10 +55,11 @@ def without_inference_mode() -> Iterator[None]:
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Have the running backward call `callback` at its end, after those that were queued before.
+    """Have the running backward call `callback` at its end, after the callbacks that were queued before.
 
-    torch 2.13 has no public way to queue one, though FSDP2 does. An operation on DTensors in one of them crashes (it would need
-    the engine that runs it): work on local tensors there.
+    torch 2.13 has no public way to queue one, though FSDP2 does it. Inside a callback, an operation on DTensors
+    crashes,
+    because it would need the engine that is running the callback: work on local tensors there.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
@@ -68,11 +70,12 @@ def has_hooks(param: nn.Parameter) -> bool:
 
 
 def take_accumulate_hooks(param: nn.Parameter) -> dict:
-    """What was registered with `register_post_accumulate_grad_hook`, which autograd no longer calls until it is
-    `give_accumulate_hooks` again. torch 2.13 has no public way to put hooks off."""
+    """Take off the hooks that were registered with `register_post_accumulate_grad_hook`, and return them. autograd
+    calls them again after `give_accumulate_hooks`. torch 2.13 has no public way to suspend hooks."""
     hooks = param._post_accumulate_grad_hooks or {}
     if hooks:
-        param._post_accumulate_grad_hooks = OrderedDict()  # None would leave autograd those that it has
+        # With None in its place, autograd would keep the hooks that it has.
+        param._post_accumulate_grad_hooks = OrderedDict()
     return hooks
 
 

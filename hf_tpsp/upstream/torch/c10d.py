@@ -1,4 +1,4 @@
-"""torch's process groups and meshes: what gloo does slowly, and what has no public form."""
+"""torch's process groups and meshes: a collective that is slow on gloo, and what has no public form."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-functional = torch.ops._c10d_functional  # the collectives whose results selective checkpointing can keep
+# The functional collectives, whose results selective checkpointing can keep.
+functional = torch.ops._c10d_functional
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`[size * n, …]` → the sum over the ranks of this rank's `[n, …]`.
 
-    torch 2.13's gloo (ProcessGroupGloo.cpp, `_reduce_scatter_base`) reduce-scatters by an all-reduce of everything, twice the
-    bytes: here an all-to-all. Delete when it does not.
+    torch 2.13's gloo (ProcessGroupGloo.cpp, `_reduce_scatter_base`) reduce-scatters by an all-reduce of the whole
+    tensor, which sends twice the bytes. Here it is an all-to-all and a local sum. Delete when gloo no longer does so.
     """
     size = group.size()
     if dist.get_backend(group) == "gloo":
@@ -30,14 +31,15 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def flatten(mesh: DeviceMesh) -> None:
     """Give `mesh` a process group over all of its dims, so that DTensor reduces a gradient norm in one collective.
 
-    torch 2.13 (tensor/_redistribute.py) takes one for each dim unless such a group is there, and `DeviceMesh._flatten` makes it.
-    Delete when DTensor makes it itself, or `flatten` is public.
+    torch 2.13 (tensor/_redistribute.py) takes one collective for each dim unless such a group exists, and
+    `DeviceMesh._flatten` makes it. Delete when DTensor makes it itself, or `flatten` is public.
     """
     mesh._flatten()
 
 
 def pipeline_products(group: dist.ProcessGroup) -> Callable[[], None]:
-    """Have inductor run a matrix product and the collective beside it piece by piece ("async TP"). Returns what undoes it.
+    """Have inductor run a matrix product and the collective beside it piece by piece ("async TP"). Returns what undoes
+    it.
 
     torch 2.13 has no public switch for either. Untested on a GPU.
     """
@@ -54,14 +56,15 @@ def pipeline_products(group: dist.ProcessGroup) -> Callable[[], None]:
 
 
 def kind_of(operation: torch._ops.OpOverload) -> str | None:
-    """The name of a collective, of either of torch's two families, without underscores; None if it is none."""
+    """The name, without underscores, of a collective of either of torch's two families; None if `operation` is none."""
     if operation.namespace not in ("c10d", "_c10d_functional"):
         return None
-    return operation._opname.replace("_", "")  # allgatherbase, allgatherintotensor, …
+    # Such as allgatherbase, or allgatherintotensor.
+    return operation._opname.replace("_", "")
 
 
 def group_of(operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> dist.ProcessGroup:
-    """The process group among a collective's arguments: c10d has it in a box of TorchScript's, or by name."""
+    """The process group among a collective's arguments, which hold it boxed for TorchScript, or by its name."""
     given = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | kwargs
     if "process_group" in given:
         return dist.ProcessGroup.unbox(given["process_group"])

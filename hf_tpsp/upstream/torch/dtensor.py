@@ -24,24 +24,28 @@ from ...patching import WhileUsed, swap
 
 
 def spec_of(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
-    """The layout of a contiguous DTensor, by which one is made without `from_local`'s checks. torch 2.13 has no public form."""
+    """The spec of a contiguous DTensor, with which one can be made without the checks of `from_local`. torch 2.13 has
+    no public form of it."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensorSpec(mesh, placements, TensorMeta(shape, stride, dtype))
 
 
 def _pieces(tensor: DTensor) -> list[tuple[ChunkStorageMetadata, int, int, int]] | None:
-    """Of a tensor that is dealt in strides: each piece, and where it is in the local tensor (dimension, start, length).
+    """The pieces that this rank has of a tensor that is sharded in strides, each with its place in the local tensor
+    (dimension, start, length); None if the rank has one piece.
 
-    A packed weight (gate and up in one) is dealt to the TP ranks in strides: each has a piece of every part. torch 2.13
-    (tensor/_api.py) takes what a rank has for one piece, so that the ranks' pieces overlap and `torch.distributed.checkpoint`
-    refuses to save them. Delete with the three patches below when it writes each piece by itself.
+    A packed weight (gate and up in one) is sharded in strides: each TP rank has a piece of every part. torch 2.13
+    (tensor/_api.py) takes all that a rank has for one piece. The ranks' pieces then overlap, and
+    `torch.distributed.checkpoint` refuses to save them. Delete with the three patches below when it writes each piece
+    by itself.
     """
     strided = [(i, p) for i, p in enumerate(tensor.placements) if isinstance(p, StridedShard)]
     if len(strided) != 1:
         return None
     at, placement = strided[0]
     if any(p.is_shard(placement.dim) for i, p in enumerate(tensor.placements) if i != at):
-        return None  # FSDP2's own, on the dimension that TP shards: one piece
+        # FSDP2 strides a dimension that TP shards too. A rank has one piece of it.
+        return None
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     rank, size = tensor.device_mesh.get_local_rank(at), tensor.device_mesh.size(at)
     found, start = [], 0
@@ -95,17 +99,18 @@ class _NotSequential(logging.Filter):
 
 
 def _quiet_redistribute() -> Callable[[], None]:
-    """torch 2.13 (tensor/_redistribute.py) warns on every rank that gathering a parameter which TP and FSDP shard on one
-    dimension takes two collectives. That is FSDP2's own layout, and it is gathered at saves only. Delete when FSDP2's
-    layout does not set the warning off."""
+    """torch 2.13 (tensor/_redistribute.py) warns on every rank that gathering a parameter which TP and FSDP shard on
+    one dimension takes two collectives. That is FSDP2's own layout, and it is gathered at saves only. Delete when
+    FSDP2's layout does not set the warning off."""
     logger, quiet = logging.getLogger("torch.distributed.tensor._redistribute"), _NotSequential()
     logger.addFilter(quiet)
     return lambda: logger.removeFilter(quiet)
 
 
 class _WholeParameter(torch.autograd.Function):
-    """Sharded parameter → the whole one, on every rank. Backward: the mean over data parallelism, as FSDP2 takes it of all other
-    gradients of this parameter; the ranks of a TP group, which have one batch, compute it alike."""
+    """Sharded parameter → the whole one, on every rank. Backward: the mean of the gradients over data parallelism,
+    which FSDP2 takes of all other gradients of this parameter. The ranks of a TP group have one batch, so their
+    gradients are alike."""
 
     @staticmethod
     def forward(ctx, param: DTensor) -> torch.Tensor:
@@ -122,9 +127,10 @@ class _WholeParameter(torch.autograd.Function):
 
 
 def _patch_full_tensor(original):
-    """torch 2.13 (tensor/_api.py, `full_tensor`) takes it that all ranks compute the same from a whole parameter, those of data
-    parallelism too: of a gradient, each would keep its own part of its own. Have trained parameters on a mesh of hf_tpsp's
-    (`average_on`), and no other tensors, average there. Delete when FSDP2's do."""
+    """torch 2.13 (tensor/_api.py, `full_tensor`) assumes that all ranks compute the same from a whole parameter, also
+    those of data parallelism, and so each would keep its own shard of its own gradient. Here the gradient is averaged,
+    for trained parameters on a mesh that `average_on` was called with, and for no other tensors. Delete when FSDP2's
+    parameters do so."""
 
     @functools.wraps(original)
     def full_tensor(self, *, grad_placements=None):
@@ -137,13 +143,14 @@ def _patch_full_tensor(original):
 
 
 def average_on(mesh: DeviceMesh) -> None:
-    """Have `full_tensor` of the trained parameters on `mesh`, and on those that are cut out of it, average their gradients."""
+    """Have `full_tensor` average the gradients of the trained parameters on `mesh`, and on meshes that are cut out of
+    it."""
     mesh._tpsp_averages = True
 
 
 @contextlib.contextmanager
 def loss_parallel() -> Iterator[None]:
-    """torch's `loss_parallel`, left also by an exception, and harmless inside the caller's own.
+    """torch's `loss_parallel` that also ends when an exception is raised, and does nothing inside the caller's own.
 
     torch 2.13 (tensor/parallel/loss.py) does neither. Delete when it does.
     """
@@ -160,10 +167,10 @@ def loss_parallel() -> Iterator[None]:
 
 
 class _DrawByShard(tensor_random._RNGStateTracker):
-    """DTensor's random operations on the CPU: a shard's numbers are its rank's own, a replica's are common.
+    """DTensor's random operations on the CPU: the numbers of a shard are its rank's own, those of a replica are common.
 
-    torch 2.13 (tensor/_random.py) has a tracker for accelerators only; on the CPU each rank draws the same numbers for
-    another part, and as many as its part has. Delete when `is_rng_supported_mesh` holds for a CPU mesh.
+    torch 2.13 (tensor/_random.py) has a tracker for accelerators only. On the CPU each rank draws the same numbers for
+    its own shard, and as many as that has. Delete when `is_rng_supported_mesh` holds for a CPU mesh.
     """
 
     def __init__(self, own_stream: Callable[[int, torch.device], contextlib.AbstractContextManager]):
@@ -183,8 +190,8 @@ class _DrawByShard(tensor_random._RNGStateTracker):
 
 
 def draw_by_shard(own_stream: Callable[[int, torch.device], contextlib.AbstractContextManager]) -> Callable[[], None]:
-    """Have random operations on the CPU draw a shard's numbers inside `own_stream(number of the shard, device)`. Returns what
-    undoes it."""
+    """Have random operations on the CPU draw a shard's numbers inside `own_stream(number of the shard, device)`.
+    Returns what undoes it."""
     return swap((tensor_random, "_rng_tracker", lambda original: _DrawByShard(own_stream)))
 
 

@@ -20,12 +20,11 @@ from torch.utils.flop_counter import flop_registry
 
 from ...patching import swapped
 
-__all__ = [
-    "FakeTensor",
-    "FakeTensorMode",
-]  # without values; torch 2.13 keeps both private, though much is built on them
+# Fake tensors have no values. torch 2.13 keeps both names private, though much is built on them.
+__all__ = ["FakeTensor", "FakeTensorMode"]
 
-without_modes = _disable_current_modes  # a context in which no dispatch mode sees what is computed
+# A context in which no dispatch mode sees what is computed.
+without_modes = _disable_current_modes
 
 
 def is_fake(x: object) -> bool:
@@ -33,16 +32,17 @@ def is_fake(x: object) -> bool:
 
 
 def is_simulated() -> bool:
-    """Whether fake tensors are what operations give here: generators have no values. torch 2.13 has no public way to ask."""
+    """Whether operations give fake tensors here, so that generators have no values. torch 2.13 has no public way to
+    ask."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 @contextmanager
 def fake_world(size: int, backend: str) -> Iterator[None]:
-    """Be rank 0 of `size` ranks whose collectives send nothing, and who say that they are of `backend`.
+    """Be rank 0 of `size` ranks whose collectives send nothing, and whose backend is given as `backend`.
 
-    torch 2.13 keeps the group private, and DTensor's cache of what it has worked out knows meshes by their shape: it would
-    hand out some whose groups are gone. Delete the clearing when torch compares meshes by their groups too.
+    torch 2.13 keeps the fake group private. DTensor's cache of sharding decisions tells meshes apart by their shape, so
+    it would return meshes whose groups are gone. Delete the clearing when torch compares meshes by their groups too.
     """
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
@@ -64,11 +64,11 @@ def _without_modes(original: Callable) -> Callable:
 
 @contextmanager
 def told_apart(inside_fsdp: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """While inside, FSDP2's collectives run in a context of `inside_fsdp()`, and no dispatch mode sees the tensors by which
-    DTensor works out the shape of a result when it meets a new operation.
+    """While inside, FSDP2's collectives run in a context of `inside_fsdp()`, and no dispatch mode sees the tensors by
+    which DTensor works out the shape of a result when it meets a new operation.
 
-    torch 2.13 (fsdp/_fully_shard/_fsdp_param_group.py, tensor/_sharding_prop.py) has no public place for either. Delete when it
-    has, or marks such tensors.
+    torch 2.13 (fsdp/_fully_shard/_fsdp_param_group.py, tensor/_sharding_prop.py) has no public place for either. Delete
+    when it has, or marks such tensors.
     """
 
     def labelled(original: Callable) -> Callable:
@@ -92,8 +92,8 @@ def told_apart(inside_fsdp: Callable[[], contextlib.AbstractContextManager]) -> 
 def watched_resizes(track: Callable[..., None]) -> Iterator[None]:
     """While inside, `track(storage, already=bytes)` is called before a storage is resized, and `track(storage)` after.
 
-    torch 2.13 resizes storages, as FSDP2 does to gather parameters and free them again, by no operation, so that no dispatch
-    mode sees it. Delete when one does.
+    FSDP2 resizes storages to gather parameters and to free them again. In torch 2.13 this is no operation, so that no
+    dispatch mode sees it. Delete when one does.
     """
 
     def watch(original: Callable) -> Callable:
@@ -109,7 +109,8 @@ def watched_resizes(track: Callable[..., None]) -> Iterator[None]:
 
 
 def address(tensor: Tensor) -> int:
-    """What stands for the storage of plain `tensor`, also if it is fake, whose `data_ptr()` torch 2.13 does not give."""
+    """A number that identifies the storage of plain `tensor`, also of a fake one, for which torch 2.13 has no
+    `data_ptr()`."""
     return storage_address(tensor.untyped_storage())
 
 
@@ -118,8 +119,8 @@ def storage_address(storage: torch.UntypedStorage) -> int:
 
 
 def sgd(parameters, lr: float, momentum: float = 0) -> torch.optim.SGD:
-    """SGD in the only form that fake DTensors can step: torch 2.13 (optim/sgd.py, `_fused_sgd`) runs the fused one on real tensors
-    of the global shapes. Delete when it has a meta kernel."""
+    """SGD in the only form that fake DTensors can step: torch 2.13 (optim/sgd.py, `_fused_sgd`) runs the fused one on
+    real tensors of the global shapes. Delete when it has a meta kernel."""
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, foreach=False)
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 (torch): what it has no public way for, and what it does otherwise than a sharded model needs."""
+"""FSDP2 (torch): what it has no public way for, and workarounds where a sharded model needs another behaviour."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def fsdp_parameters(module: nn.Module) -> Iterator:
 
 
 def place_of(record) -> tuple[nn.Module, str]:
-    """The module that has the parameter of FSDP2's `record`, and its name there."""
+    """The module that holds the parameter of FSDP2's `record`, and the parameter's name in it."""
     return record._module_info.module, record._module_info.param_name
 
 
 def unsharded_numels(module: nn.Module) -> list[int]:
-    """Elements of each parameter in `module` that FSDP2 manages, gathered: of this rank's TP shard."""
+    """The number of elements that each parameter in `module` has when FSDP2 has gathered it: those of this rank's TP
+    shard."""
     return [record._orig_size.numel() for record in fsdp_parameters(module)]
 
 
@@ -47,13 +48,14 @@ def index_sharded_parameters(model: nn.Module) -> None:
 
 
 def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter `name` of `module` as the optimizer holds it, also while FSDP2 has put the gathered one in place."""
+    """The parameter `name` of `module` as the optimizer holds it, also while FSDP2 shows the gathered one in its
+    place."""
     record = _records.get(module, {}).get(name)
     return record().sharded_param if record is not None else module._parameters.get(name)
 
 
 def fsdp_groups(model: nn.Module) -> list:
-    """FSDP2's groups (`FSDPParamGroup`) of parameters that are gathered together, of the modules in `model`."""
+    """FSDP2's groups (`FSDPParamGroup`) in `model`. The parameters of a group are gathered together."""
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
     return [group for state in states for group in state._fsdp_param_groups]
 
@@ -61,7 +63,8 @@ def fsdp_groups(model: nn.Module) -> list:
 class HiddenGroup:
     """A group of FSDP2's whose modules can show the sharded parameters while the gathered ones are kept for backward.
 
-    torch 2.13 has modules show whichever it holds. Delete when `parameters()` outside of a forward gives the sharded ones.
+    torch 2.13 has the modules show the gathered parameters for as long as it keeps them. Delete when `parameters()`
+    outside of a forward gives the sharded ones.
     """
 
     def __init__(self, group):
@@ -88,12 +91,14 @@ class HiddenGroup:
         """The group's own `unshard`, with which every forward and backward begins."""
         if self.is_hidden:
             self.is_hidden = False
-            if self.group.is_unsharded:  # not freed meanwhile, as `state_dict` does
+            # The gathered parameters may have been freed meanwhile, as `state_dict` does.
+            if self.group.is_unsharded:
                 for record in self.group.fsdp_params:
                     record.to_unsharded()
         if self.group._training_state == TrainingState.POST_BACKWARD:
-            # A checkpointed forward of the whole model, once more, in a backward that has been here: torch 2.13 would drop the
-            # gradients that are still to come. This has it reduce them at the end.
+            # The whole model is checkpointed, and its forward runs again in a backward that has passed this group
+            # already. torch 2.13 would drop the gradients that are still to come. In this state it reduces them at the
+            # end.
             self.group._training_state = TrainingState.PRE_BACKWARD
         self._unshard(async_op)
 
@@ -104,18 +109,19 @@ def is_before_first_forward(model: nn.Module) -> bool:
 
 
 def start_forward(model: nn.Module) -> None:
-    """Ready FSDP2's root `model` for a forward of it or of a part of it, also after a backward that raised.
+    """Prepare FSDP2's root `model` for a forward of it or of a part of it, also after a backward that raised.
 
-    torch 2.13 takes the first module that is called for its root, and after an exception it goes on where it stopped, unless
-    `reset_iter_state` is called. Delete what it does itself.
+    torch 2.13 makes the first module that is called its root. After an exception it continues where it stopped, unless
+    `reset_iter_state` is called. Delete each part of this when torch does it itself.
     """
     state = model._get_fsdp_state()
     if is_before_first_forward(model):
         state._lazy_init()
     else:
         follow_dtypes(model)
-    if state._state_ctx.post_backward_final_callback_queued:  # and never ran
-        for record in fsdp_parameters(model):  # what came of that backward
+    # The callback was queued by a backward that raised, and so never ran. The gradients of that backward are dropped.
+    if state._state_ctx.post_backward_final_callback_queued:
+        for record in fsdp_parameters(model):
             if hasattr(record, "_unsharded_param"):
                 record._unsharded_param.grad = record.unsharded_accumulated_grad = None
         model.reset_iter_state()
@@ -130,7 +136,7 @@ def end_forward(model: nn.Module) -> None:
 def set_mixed_precision(model: nn.Module, param_dtype: torch.dtype | None) -> None:
     """Have FSDP2 gather parameters as `param_dtype` and reduce gradients in fp32, from the next forward on.
 
-    The loading hook shards a model before its `TrainingArguments(bf16=…)` is known, and a script may have looked at it since.
+    The loading hook shards a model before its `TrainingArguments(bf16=…)` is known, and a script may have run it since.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
     for module in model.modules():
@@ -145,8 +151,8 @@ def set_mixed_precision(model: nn.Module, param_dtype: torch.dtype | None) -> No
 
 
 def _look_at_dtypes_again(group) -> None:
-    """torch 2.13 looks at the parameters' dtypes, and at whether any is trained, before its first forward only, and keeps the
-    buffers that it gathers into. Delete when it notices that they have changed."""
+    """torch 2.13 looks at the parameters' dtypes, and at whether any is trained, only before its first forward, and
+    keeps the buffers that it gathers into. Delete when it notices that they have changed."""
     group.reshard()
     for record in group.fsdp_params:
         record.all_gather_outputs = []
