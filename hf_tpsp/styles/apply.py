@@ -26,16 +26,17 @@ def apply_plan(model: PreTrainedModel, plan: dict[str, str], tp: TensorParallel,
         if (rule := rule_for(name, plan)) is not None:
             own = {p: rule_for(f"{name}.{p}", plan) for p in own_parameters(module)}
             styled[module] = module._tpsp_style = style_for(rule, config, {p: r for p, r in own.items() if r})
-    for module, style in styled.items():  # a block looks at the styles inside it
+    # All styles exist before the first is installed, because a block looks at the styles of the modules inside it.
+    for module, style in styled.items():
         style.shard(module, tp)
         style.install(module, tp)
 
 
 def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
-    """Have the auxiliary loss of an MoE model reach its routers once, and not from each rank.
+    """Count the gradient of an MoE model's auxiliary loss once in its routers, instead of once for each rank.
 
-    A router inside a split block adds up the ranks' gradients (`ReplicatedPartial`). All ranks compute the auxiliary loss alike, from
-    the logits that the decoder hands out.
+    All ranks compute the same auxiliary loss from the logits that the decoder returns, but the gradients of a router inside a
+    split block are summed over the ranks (`ReplicatedPartial`). So each rank contributes its share of that gradient.
     """
     routers = [m for m in model.modules() if isinstance(style_of(m), SplitBlock) and any(_routers(m))]
     if not routers:
@@ -43,7 +44,7 @@ def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
 
     def share(module: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(output, dict) and output.get("router_logits") is not None:
-            # Those that a block returned, and did not only compute, are shared already.
+            # The logits that a split block returned beside its output are marked, because their gradient is shared already.
             shared = (x if hasattr(x, "_tpsp_shared") else OneShare.apply(x, tp_size) for x in output["router_logits"])
             output["router_logits"] = tuple(shared)
 
@@ -51,7 +52,7 @@ def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
 
 
 def _routers(block: nn.Module) -> Iterator[nn.Module]:
-    """What chooses among the experts inside a block: the replicated parameters beside stacked expert weights."""
+    """The routers inside a block: modules with replicated parameters, in a block that has stacked expert weights."""
     if any(p.dim() == 3 for p in block.parameters()):
         yield from (m for m in block.modules() if type(style_of(m)) is ReplicatedPartial)
 

@@ -38,9 +38,10 @@ from .stream import Norm
 
 
 def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
-    """`x` with `function` applied to the tensors that it is, or that are in its lists, tuples and dicts, in order.
+    """Apply `function` to `x` if it is a tensor, or to all tensors in its nested lists, tuples and dicts, in order.
 
-    (A function inside another, calling itself, would keep what it has seen alive until Python collects its garbage.)
+    This is a top-level function, because a recursive closure would keep the tensors it has seen alive until Python's garbage
+    collector runs.
     """
     if isinstance(x, Tensor):
         return function(x)
@@ -52,9 +53,9 @@ def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
 
 
 class ReplicatedPartial(Norm):
-    """Parameters inside a split block that every rank has whole and uses for its term: q_norm, a router, MLA's compression.
+    """Parameters inside a split block that are replicated, while each rank computes a partial output with them.
 
-    Their gradients are terms of a sum. No collective on activations.
+    Examples are q_norm, a router and MLA's compression. Their gradients are partial. No collective on activations.
     """
 
     is_read_by_owner = True
@@ -63,13 +64,15 @@ class ReplicatedPartial(Norm):
         return self.parameter_rules.get(name) in (None, "share")
 
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
-        if is_norm(module):  # so that only its input is kept
+        # `Norm.run` keeps only the norm's input for backward.
+        if is_norm(module):
             return super().run(module, inner, tp, args, kwargs)
-        return inner(*args, **kwargs)  # the block has made the parameters plain
+        # The block has already made the parameters plain.
+        return inner(*args, **kwargs)
 
 
 class Replicated(Style):
-    """Parameters inside a block, or beside the layers, that every rank uses alike: each has their whole gradient."""
+    """Parameters inside a block, or beside the layers, that every rank uses alike, so each rank has the whole gradient."""
 
     is_read_by_owner = True
 
@@ -92,7 +95,8 @@ class Activation(Style):
             return inner(*kept, **kwargs)
 
         out = inner(*args, **kwargs)
-        if is_untouched():  # and not an activation function that writes into its input
+        # An activation function that writes into its input cannot be run again from it.
+        if is_untouched():
             scope.leave_out(out, make)
         return out
 
@@ -100,12 +104,16 @@ class Activation(Style):
 class Block(Style):
     """A token mixer or MLP, from its entry to its exit. Inside are plain tensors of the whole sequence.
 
-    Whatever arguments carry the stream, positional or keyword, are gathered; the first tensor of the output goes back to the
-    stream. Parameters inside that belong to no other style are plain tensors meanwhile, for whoever reads them.
+    All arguments that carry the stream, positional or keyword, are gathered; the first tensor of the output goes back to the
+    stream. While the block runs, its own parameters and those of the modules in `inside` are plain tensors.
 
     Args:
-        variants: `heads` and `widths`: the module (and its config) see this rank's share of them, for a forward that reads
-            them; `residual`: a second stream that the module adds to its output is added once, not by each rank.
+        variants: `heads` and `widths`: the module and its config hold this rank's share of these sizes, because its forward
+            reads them; `residual`: a second stream that the module adds to its output is added once, not by each rank;
+            `groups`: ranks share kv heads, so `num_key_value_groups` is set for one rank.
+
+    Attributes:
+        inside: the modules whose parameters are made plain at the entry.
     """
 
     reads_parts = True
@@ -113,7 +121,7 @@ class Block(Style):
     def __init__(self, config: TPSPConfig, *variants: str, **given: Any):
         super().__init__(config, **given)
         self.variants = variants
-        self.inside: list[nn.Module] = []  # the modules whose parameters are made plain at the entry
+        self.inside: list[nn.Module] = []
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         self.inside = list(parts_read_by(module))
@@ -124,12 +132,13 @@ class Block(Style):
         if "heads" in self.variants or "widths" in self.variants:
             for part in module.modules():
                 self.share(part, size)
-        if "groups" in self.variants:  # a kv head serves several ranks
+        # Several ranks share one kv head, so the number of query heads per kv head differs on one rank.
+        if "groups" in self.variants:
             heads = next(n for n in HEADS if hasattr(self.of(module), n))
             module.num_key_value_groups = max(1, getattr(self.of(module), heads) // size)
 
     def share(self, part: nn.Module, size: int) -> None:
-        """Set the heads (and widths) that `part` and its config name to one rank's share."""
+        """Set the numbers of heads (and the widths) of `part` and its config to one rank's share."""
         names = HEADS + KV_HEADS + (WIDTHS if "widths" in self.variants else ())
         config = vars(part).get("config")
         if config is not None:
@@ -141,7 +150,7 @@ class Block(Style):
 
     @staticmethod
     def of(module: nn.Module) -> Any:
-        """Who knows the number of heads."""
+        """The object that has the number of heads: the module, or else its config."""
         return module if any(hasattr(module, n) for n in HEADS) else getattr(module, "config", None)
 
     @contextlib.contextmanager
@@ -161,10 +170,10 @@ class Block(Style):
         other: Callable[[Tensor], Tensor] = lambda x: x,
         marked: bool = True,
     ) -> tuple[tuple, dict, Tensor | None]:
-        """`args` and `kwargs` with the streams entered, wherever in them they are, and the first stream.
+        """Apply `enter` to every stream in `args` and `kwargs`, nested ones too. Return both, and the first stream.
 
-        `marked`: a stream is a DTensor, if there is one. Otherwise it is the first floating tensor (one that is an argument
-        itself goes before one inside a list or dict), and what has its shape.
+        With `marked`, the streams are the DTensors sharded over the sequence, if there are any. Otherwise the first floating
+        tensor is a stream (arguments come before tensors inside a list or dict), and so is every tensor of its shape.
         """
         inside: list[Tensor] = []
         map_tensors(inside.append, (args, kwargs))
@@ -185,7 +194,8 @@ class Block(Style):
             nonlocal found
             if isinstance(x, LazyLogits):
                 return x
-            if isinstance(x, LazyWhole) and x.part is not None:  # of heads, from another block: this rank's
+            # Another block made this tensor of heads, and this block needs this rank's part of it.
+            if isinstance(x, LazyWhole) and x.part is not None:
                 return x.part
             if not is_stream(x):
                 return other(x)
@@ -196,8 +206,10 @@ class Block(Style):
         return map_tensors(visit, args), map_tensors(visit, kwargs), first
 
     def exit(self, output: Any, stream: Tensor | None, mesh: DeviceMesh) -> Any:
-        """The first tensor of what the module returned, back in the stream that it was given, `[batch, seq, …]`; plain and
-        whole if that was (a script that calls the block itself). A term of a sum never leaves the block as if it were the sum.
+        """Return `output` with its first tensor back in the layout of `stream`, `[batch, seq, …]`.
+
+        If `stream` is plain (a script that calls the block itself), that tensor is plain and whole. A partial tensor never
+        leaves the block unreduced.
         """
         if not isinstance(output, Tensor):
             if isinstance(output, dict):
@@ -206,23 +218,24 @@ class Block(Style):
                 return type(output)(**{first: self.exit(output[first], stream, mesh), **beside})
             first, *rest = output
             return type(output)((self.exit(first, stream, mesh), *(self.exit_beside(x, mesh) for x in rest)))
-        if stream is not None and output.shape[:2] != stream.shape[:2]:  # [batch * seq, …]
+        # Some modules return `[batch * seq, …]`.
+        if stream is not None and output.shape[:2] != stream.shape[:2]:
             output = output.view(*stream.shape[:2], *output.shape[1:])
         return self.leave_region(output, mesh) if isinstance(stream, DTensor) else self.leave_whole(output, mesh)
 
     def leave_region(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
-        """What a rank computed, back in the sharded stream."""
+        """Bring a rank's output back to the sharded stream."""
         return scatter_sequence(partial, mesh)
 
     def leave_whole(self, partial: Tensor, mesh: DeviceMesh) -> Tensor:
-        """What a rank computed, as the plain whole tensor."""
+        """Turn a rank's output into the plain whole tensor."""
         return ReduceFromRegion.apply(partial, mesh)
 
     def write_back(self, entered: list[tuple[Tensor, Tensor, int]], mesh: DeviceMesh) -> None:
-        """If the block wrote into what it was given, have its caller see it, as in one process.
+        """If the block wrote into an argument, copy the result into the caller's tensor, as would happen in one process.
 
         Args:
-            entered: `(stream, what the block was given for it, the version of that)` each.
+            entered: for each stream, `(stream, the tensor that the block was given for it, that tensor's version)`.
         """
         if torch.compiler.is_compiling():
             return
@@ -232,22 +245,23 @@ class Block(Style):
             written = self.written(full, mesh, isinstance(stream, DTensor))
             if not torch.is_grad_enabled() or not stream.requires_grad:
                 written = written.detach()
-            # A plain stream is the block's own memory: nothing is written now, and what autograd saved of it holds.
+            # A plain stream shares its memory with what the block wrote into: the values do not change here, so the tensors
+            # that autograd saved stay valid.
             shared = contextlib.nullcontext() if isinstance(stream, DTensor) else autograd.keep_version(stream)
             with shared:
                 stream.copy_(written)
 
     def written(self, full: Tensor, mesh: DeviceMesh, is_sharded: bool) -> Tensor:
-        """What the caller sees of the stream `full`, into which every rank has written alike."""
+        """The caller's view of the stream `full`, into which every rank has written the same values."""
         return OwnTerm.apply(full, mesh) if is_sharded else OneShare.apply(full, mesh.size())
 
     def exit_beside(self, x: Any, mesh: DeviceMesh) -> Any:
-        """What a module returns beside its output (a router's logits, attention weights)."""
+        """Handle a value that a module returns beside its first output (a router's logits, attention weights)."""
         return x
 
 
 class SplitBlock(Block):
-    """A block that is split: each rank computes one term of the sum that is its output.
+    """A block that is split: each rank computes a partial output.
 
     Forward: all-gather, reduce-scatter. Backward: all-gather, reduce-scatter, and with `regather_inputs` the all-gather of
     the input once more, for the weights' gradients. (Without SP: all-reduce, all-reduce.)
@@ -266,7 +280,8 @@ class SplitBlock(Block):
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         mesh = tp.mesh
 
-        def other(x: Tensor) -> Tensor:  # each rank's gradient of what all ranks hold is a term of the sum
+        def other(x: Tensor) -> Tensor:
+            # All ranks hold the same `x`, but each rank's gradient of it is partial.
             return CopyToRegion.apply(x, mesh) if x.is_floating_point() and x.requires_grad else x
 
         entered: list[tuple[Tensor, Tensor, int]] = []
@@ -290,10 +305,10 @@ class SplitBlock(Block):
     def exit_beside(self, x: Any, mesh: DeviceMesh) -> Any:
         if not isinstance(x, Tensor):
             return x
-        if x.dim() == 4 and x.shape[1] * mesh.size() == self.heads:  # attention weights, of this rank's heads
-            if (
-                torch.compiler.is_compiling()
-            ):  # which knows DTensor; whoever is outside the model gets the whole of it too
+        # These are attention weights of this rank's heads.
+        if x.dim() == 4 and x.shape[1] * mesh.size() == self.heads:
+            # `torch.compile` knows DTensor, and a caller outside the model gets the whole tensor either way.
+            if torch.compiler.is_compiling():
                 return DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
             return whole_heads(x, mesh)
         if not x.requires_grad:
@@ -304,7 +319,7 @@ class SplitBlock(Block):
 
 
 class WholeBlock(Block):
-    """A block that every rank computes whole: one whose output is no sum over the ranks, as far as hf_tpsp can prove.
+    """A block that every rank computes whole, because hf_tpsp could not prove that a split of it adds up.
 
     Forward: all-gather. Backward: all-gather. (Without SP: none.) A plain input stays plain.
     """

@@ -18,48 +18,56 @@ from ..upstream.torch import autograd, fsdp2
 
 
 class ReplicatedGradients:
-    """Adds up the gradients of the replicated parameters over the TP ranks: one all-reduce per backward.
+    """Sums the partial gradients of replicated parameters over the TP ranks: one all-reduce per backward.
 
-    The terms are summed at the end of `backward`, after FSDP has reduced over data parallelism (sums commute), in one
-    flat buffer for the whole model. Gradients that were there before this backward are set aside meanwhile and added
-    back, so that accumulating over several backwards counts each of them once. A backward under FSDP's
-    `set_requires_gradient_sync(False)` leaves no `.grad`, and then nothing is reduced until the one that does.
+    The sum is taken at the end of `backward`, after FSDP has reduced over data parallelism (sums commute), in one flat
+    buffer for the whole model. Gradients that existed before this backward are set aside meanwhile and added back, so that
+    accumulating over several backwards counts each of them once. A backward under FSDP's
+    `set_requires_gradient_sync(False)` leaves no `.grad`, so nothing is reduced until a backward that leaves one.
 
-    Adapters, which FSDP does not manage, are also averaged over data parallelism here, in one more all-reduce. Their terms
-    are kept beside their `.grad` until then.
+    Adapters, which FSDP does not manage, are also averaged over data parallelism here, in one more all-reduce for each
+    data-parallel dim. Their partial gradients are kept outside `.grad` until then.
 
-    What a script computes from a parameter itself (a penalty on the weights) has its whole gradient on every rank, and does not
-    take part in the sum. What a script has registered with `register_post_accumulate_grad_hook` is called when the sum is there.
+    If a script computes something from a parameter itself (a penalty on the weights), every rank has that whole gradient, and
+    it is not summed. A hook from `register_post_accumulate_grad_hook` is called once the sum is in `.grad`.
+
+    Attributes:
+        once_reduced: called after each backward, until it returns True.
+        calls: the model's `outside.Calls`, once FSDP2 manages the model.
+        depth: how many of the modules that hold the layers are in their forward (`outputs.py`).
+        keeps_terms: whether the adapters' partial gradients are kept outside `.grad`; if not, they come into `.grad`.
     """
 
     def __init__(self, mesh: DeviceMesh):
         self.mesh = mesh
-        self._sums: list[tuple[nn.Module, str]] = []  # whose gradients are terms of a sum over the TP ranks
+        # Parameters whose gradients are partial, as (module, parameter name).
+        self._sums: list[tuple[nn.Module, str]] = []
         self._adapters: list[tuple[nn.Module, str]] = []
-        self._averages: list[dist.ProcessGroup] = []  # of data parallelism, for the adapters
-        self.once_reduced: Callable[[], bool] | None = None  # called after each backward, until it says that it is done
-        self.calls: outside.Calls | None = None  # of the model, once FSDP2 has it
+        # The data-parallel groups over which the adapters' gradients are averaged.
+        self._averages: list[dist.ProcessGroup] = []
+        self.once_reduced: Callable[[], bool] | None = None
+        self.calls: outside.Calls | None = None
         self._armed: weakref.ref | None = None
-        # Of those modules, out of the ones that hold the layers, whose forward is running (`outputs.py`).
         self.depth = 0
         self._set_aside: list[tuple[nn.Parameter, Tensor]] = []
-        self.keeps_terms = True  # of the adapters; else they come into `.grad`
-        self._terms: dict[int, tuple[DTensor, Tensor]] = {}  # in the running backward
+        self.keeps_terms = True
+        # The adapters' partial gradients in the running backward, by the id of the parameter.
+        self._terms: dict[int, tuple[DTensor, Tensor]] = {}
         self._handles: list = []
         self._hooks: list[tuple[nn.Parameter, dict]] = []
 
     def register(self, module: nn.Module, name: str) -> None:
-        """Have `module`'s parameter `name` reduced. Called while the plan is applied."""
+        """Sum the gradients of `module`'s parameter `name` over the TP ranks. Called while the plan is applied."""
         self._sums.append((module, name))
 
     def register_adapter(self, module: nn.Module, name: str, is_sum: bool) -> None:
-        """Have a parameter that FSDP does not manage averaged over data parallelism, and, if `is_sum`, reduced."""
+        """Average the gradient of a parameter that FSDP does not manage over data parallelism; if `is_sum`, sum it over TP too."""
         self._adapters.append((module, name))
         if is_sum:
             self.register(module, name)
 
     def adapters_to(self, dtype: torch.dtype) -> None:
-        """Cast the adapters in place: an optimizer may hold them."""
+        """Cast the adapters to `dtype` in place, because an optimizer may hold them."""
         for module, name in self._adapters:
             if (param := module._parameters[name]).dtype != dtype:
                 cast = nn.Parameter(param.detach().to(dtype), requires_grad=param.requires_grad)
@@ -72,43 +80,46 @@ class ReplicatedGradients:
 
     @staticmethod
     def _parameters(owners: list[tuple[nn.Module, str]]) -> list[nn.Parameter]:
-        """The parameters as the optimizer knows them, whichever way FSDP holds the modules' own just now."""
+        """The parameters that the optimizer holds, whether FSDP shows the modules sharded or gathered ones just now."""
         unique = {id(p): p for module, name in owners if (p := fsdp2.sharded_parameter(module, name)) is not None}
         return list(unique.values())
 
     def computes_model(self) -> bool:
-        """Whether the model's forward is running, or a part of it again in backward; else a script calls a module by itself."""
+        """Whether the model's forward is running, or is recomputed in backward. If not, a script calls a module by itself."""
         return self.depth > 0 or autograd.in_backward()
 
     def summed(self) -> list[nn.Parameter]:
-        """The parameters whose gradients are terms of a sum over the TP ranks."""
+        """The parameters whose gradients are partial over the TP ranks."""
         return self._parameters(self._sums)
 
     def local(self, param: DTensor, is_adapter: bool = False) -> Tensor:
-        """`param` as a plain tensor whose gradient is one rank's term of the sum."""
-        if torch.compiler.is_compiling():  # a compiled layer; the head has armed by then
+        """`param` as a plain tensor whose gradient is partial."""
+        # In a compiled layer nothing has to arm: the head has done so by then.
+        if torch.compiler.is_compiling():
             return param.to_local(grad_placements=param.placements)
         return _LocalReplica.apply(param, self, is_adapter and self.keeps_terms)
 
     def add_term(self, param: DTensor, grad: Tensor) -> None:
-        """Add one rank's term to the gradient of an adapter's `param`."""
+        """Add `grad`, which is partial, to the kept gradient of the adapter parameter `param`."""
         _, before = self._terms.get(id(param), (None, None))
         self._terms[id(param)] = (param, grad.clone() if before is None else before + grad)
 
     def arm_with(self, hidden: Tensor) -> None:
-        """Arm when the gradient arrives at what the head was given."""
+        """Call `arm` when the gradient arrives at the head's input `hidden`."""
         if hidden.requires_grad:
             hidden.register_hook(lambda grad: self.arm())
 
     def arm(self) -> None:
-        """Arrange for the reduction at the end of the running backward. Called when its first term is there.
+        """Schedule the reduction for the end of the running backward. Called when its first partial gradient arrives.
 
-        That backward may run others inside it (reentrant checkpointing), whose terms are its own. It keeps the callback
-        until it ends, whether by an exception or not, so the callback being there says that it is still running.
+        A backward may run others inside it (reentrant checkpointing), whose gradients belong to the outer one. Autograd
+        holds the callback until the outer backward ends, with or without an exception, so a live callback means that the
+        backward is still running.
         """
         if self._armed is not None and self._armed() is not None:
             return
-        self._restore()  # a backward that raised never came to its end
+        # An earlier backward that raised did not restore what it had set aside.
+        self._restore()
         sums, adapters = self.summed(), self._parameters(self._adapters)
         check_hooks([*sums, *adapters, *self._managed()])
         callback = functools.partial(self._reduce)
@@ -119,7 +130,8 @@ class ReplicatedGradients:
                 self._set_aside.append((param, param.grad))
                 param.grad = None
             if id(param) not in own and param.requires_grad:
-                # FSDP writes what it has reduced into `.grad`; what autograd brings came from the script's own use of `param`.
+                # FSDP writes its reduced gradient into `.grad` directly. A gradient that autograd brings here comes from the
+                # script's own use of `param`, and is whole on every rank: divided, the ranks' shares add up to it.
                 self._handles.append(param.register_hook(lambda grad: grad / self.mesh.size()))
             if hooks := autograd.take_accumulate_hooks(param):
                 self._hooks.append((param, hooks))
@@ -165,7 +177,7 @@ class ReplicatedGradients:
 
 
 def check_hooks(parameters: list[nn.Parameter]) -> None:
-    """Raise `ValueError` if a script has registered hooks that would see a rank's term of a gradient, or nothing at all."""
+    """Raise `ValueError` if a script has registered hooks that would see a partial gradient, or none at all."""
     if any(map(autograd.has_hooks, parameters)):
         raise ValueError(
             "A hook was registered on a parameter of a sharded model (register_hook). FSDP reduces gradients outside of autograd, so "
@@ -187,8 +199,11 @@ def _all_reduce(grads: list[Tensor], group: dist.ProcessGroup, average: bool = F
 
 
 class _LocalReplica(torch.autograd.Function):
-    """Replicated DTensor → local tensor. Backward claims `Replicate()`, so that nobody reduces before the step's end; the term of
-    an adapter it keeps for the sum."""
+    """Replicated DTensor → local tensor.
+
+    Backward labels the partial gradient `Replicate()`, so that DTensor does not reduce it before the end of backward. The
+    partial gradient of an adapter is kept for the sum instead.
+    """
 
     @staticmethod
     def forward(ctx: Any, param: DTensor, gradients: ReplicatedGradients, is_adapter: bool) -> Tensor:

@@ -18,7 +18,7 @@ from .base import Style, TensorParallel
 class Head(Style):
     """The language-model head: logits `[batch, seq, vocab]` stay sharded over the vocabulary. Weight and bias Shard(0).
 
-    It runs when its logits are read (`LazyLogits`), by the loss as a rule.
+    The head runs when its logits are read (`LazyLogits`), usually by the loss.
     Forward: all-gather (of the hidden states). Backward: reduce-scatter. (Without SP: none, all-reduce.)
     """
 
@@ -35,7 +35,8 @@ class Head(Style):
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         (hidden,) = args
         tp.gradients.arm_with(hidden)
-        if not isinstance(hidden, DTensor):  # without SP the stream is plain
+        # Without SP the stream is plain.
+        if not isinstance(hidden, DTensor):
             hidden = DTensor.from_local(hidden, tp.mesh, [Replicate()], run_check=False)
 
         def parameters() -> tuple[Tensor, Tensor | None]:
@@ -43,7 +44,8 @@ class Head(Style):
             weight = self.local_value(module, "weight", own["weight"], tp)
             return weight, None if own["bias"] is None else self.local_value(module, "bias", own["bias"], tp)
 
-        vocab_size: Any = module.out_features  # torch's stubs take it for a tensor
+        # torch's stubs type `out_features` as a tensor.
+        vocab_size: Any = module.out_features
 
         def run(hidden: DTensor) -> DTensor:
             local = hidden if self.sequence_parallel else hidden.to_local(grad_placements=hidden.placements)

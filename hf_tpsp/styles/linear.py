@@ -23,8 +23,9 @@ class Colwise(Style):
     """A linear layer split over its output features. Weight and bias split; input full, output local; no collective.
 
     Attributes:
-        width: the features of the whole layer, once `adjust` has set the module's own to this rank's. rows: of them, the indices
-            of those that this rank has or takes, where that is not the part that DTensor gives it.
+        width: the output features of the whole layer, where `adjust` has set the module's own number to this rank's.
+        rows: the indices of the output features that this rank uses, where these are not the contiguous part that DTensor
+            gives it.
     """
 
     splits_features = True
@@ -35,19 +36,22 @@ class Colwise(Style):
         return Shard(1 if is_transposed(module) and name == "weight" else 0)
 
     def adjust(self, module: nn.Module, rank: int, size: int) -> None:
-        if is_transposed(module):  # its forward reads the width of its output
-            layer: Any = module  # torch's stubs take its sizes for tensors
+        # The forward of a Conv1D reads the width of its output.
+        if is_transposed(module):
+            # torch's stubs type the sizes as tensors.
+            layer: Any = module
             self.width = layer.nf
             layer.nf = len(rows_of((str(layer.nf),), rank, size))
 
     def rows_on(self, device: torch.device) -> Tensor:
-        rows: Any = self.rows  # there are some where they are asked for
+        # This is called only where `rows` is set.
+        rows: Any = self.rows
         if rows.device != device:
             rows = self.rows = rows.to(device)
         return rows
 
     def gather_features(self, local: Tensor, module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> Tensor:
-        """This rank's output features → those of all ranks. `gradient`: of the result, on the ranks."""
+        """This rank's output features → the output features of all ranks. `gradient` is the placement of the result's gradient."""
         out = sharded_features(local, self.width or features(module)[1], mesh)
         return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
 
@@ -66,7 +70,7 @@ class ColwisePacked(Colwise):
     """Projections of equal width packed in one linear layer (gate and up): each is split over its own output features.
 
     Written `colwise_packed:n,n` in a plan, with the width of each part. The bias is replicated, and each rank takes its own
-    of it. No collective.
+    elements of it. No collective.
     """
 
     def __init__(self, config: TPSPConfig, *parts: str, **given: Any):
@@ -96,12 +100,13 @@ class ColwisePacked(Colwise):
 
 
 class ColwiseGathered(Colwise):
-    """A linear layer split over its output features, whose output each rank then has whole, or the part it names.
+    """A linear layer split over its output features, whose output is gathered. Each rank then uses all of it, or a part.
 
-    Without arguments, the whole (`colwise_gathered`), for a forward that mixes all features, such as a norm over all heads.
-    With the widths of packed projections that no placement of DTensor's splits (query, key and value with fewer kv heads),
-    this rank's features of each: `colwise_gathered:q,k,v`. `n@h` is a projection of `h` heads, fewer than there are ranks: each
-    rank takes the one that its query heads use, and several share it.
+    `colwise_gathered`, without arguments, gives each rank the whole output, for a forward that mixes all features, such as a
+    norm over all heads. `colwise_gathered:q,k,v` lists the widths of packed projections that no DTensor placement can split
+    (query, key and value with fewer kv heads), and gives each rank its features of each projection. A width `n@h` is a
+    projection of `h` heads, fewer than there are ranks: each rank takes the head that its query heads use, and several ranks
+    share one.
     Forward: all-gather (of the layer's output). Backward: reduce-scatter.
     """
 
@@ -135,10 +140,11 @@ class ColwiseWhole(Colwise):
 
     forward_collective = "all-gather"
     backward_collective = "all-reduce"
-    splits_features = False  # as the block sees it
+    # The block around it sees the whole output.
+    splits_features = False
 
     def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
-        """Every rank has the whole output."""
+        """Change nothing, because every rank has the whole output."""
 
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         (x,) = args
@@ -147,12 +153,13 @@ class ColwiseWhole(Colwise):
 
 
 def rows_of(parts: tuple[str, ...], rank: int, size: int) -> Tensor:
-    """Indices of the output features of `rank`, of the projections `parts` that lie one after the other in a layer."""
+    """The indices of `rank`'s output features in a layer that holds the projections `parts` one after the other."""
     start, rows = 0, []
     for part in parts:
         width, _, heads = part.partition("@")
         every = torch.arange(start, start + int(width))
-        if heads:  # fewer heads than ranks
+        # There are fewer heads than ranks, so several ranks share one head.
+        if heads:
             rows.append(every.chunk(int(heads))[rank * int(heads) // size])
         else:
             rows.append(chunk_of(every, 0, rank, size))
@@ -161,9 +168,9 @@ def rows_of(parts: tuple[str, ...], rank: int, size: int) -> Tensor:
 
 
 class Rowwise(Style):
-    """A linear layer split over its input features. Weight split, bias replicated; input local, output one term of a sum.
+    """A linear layer split over its input features. Weight split, bias replicated; input local, output partial.
 
-    Each rank adds its share of the bias. The block sums the terms at its exit. No collective.
+    Each rank adds its share of the bias. The block sums the partial outputs at its exit. No collective.
     """
 
     splits_features = True
@@ -183,7 +190,7 @@ class Rowwise(Style):
 
 
 class RowwiseSliced(Rowwise):
-    """A row-parallel layer whose input every rank has whole: each takes its own features of it."""
+    """A row-parallel layer whose input is whole on every rank: each rank takes its own features of the input."""
 
     def simulate_rank(self, module: nn.Module, rank: int, size: int) -> None:
         width = features(module)[0]

@@ -1,6 +1,6 @@
-"""What is not kept for backward, because it is cheap to make again.
+"""Tensors that are not kept for backward, because they are cheap to compute again.
 
-Three things in a layer are as large as a matrix product's output, but cost one collective or a few elementwise passes:
+Three tensors in a layer are as large as a matrix product's output, but cost one collective or a few elementwise passes:
 
 * the gathered input of a block. Its sequence shard is kept instead, and gathered once more when the first of the
   projections needs it (q/k/v, or gate/up, share that one gather);
@@ -32,7 +32,7 @@ from ..upstream.torch import autograd
 
 
 def overwritten() -> RuntimeError:
-    """What autograd, in these words, would have raised had it kept the tensor."""
+    """The error that autograd would have raised, in the same words, if it had kept the tensor."""
     return RuntimeError(
         "one of the variables needed for gradient computation has been modified by an inplace operation: a module wrote "
         "into a tensor after it, or another, had computed with it."
@@ -40,8 +40,10 @@ def overwritten() -> RuntimeError:
 
 
 class _LeftOut:
-    """Stands for a tensor in the autograd graph: makes it when the first of those who saved it needs it, and lets go of
-    it after the last."""
+    """Stands for a tensor in the autograd graph that several operations saved.
+
+    The first of them that needs the tensor in backward has it made, and it is freed after the last one.
+    """
 
     def __init__(self, make: Callable[[], Tensor]):
         self.make = make
@@ -62,20 +64,23 @@ class _LeftOut:
 
 
 _Packed = tuple[_LeftOut, torch.Size, tuple[int, ...], int | torch.SymInt]
-"""What autograd keeps of a view of a tensor that was left out: it, and the view's shape, stride and offset."""
+"""What autograd keeps for a view of a tensor that was left out: the `_LeftOut`, and the view's shape, stride and offset."""
 
 
 class RecomputeScope(saved_tensors_hooks):
-    """A block's forward, in which autograd does not save the tensors that were noted with `leave_out`."""
+    """A context for a block's forward, in which autograd does not save the tensors given to `leave_out`."""
 
     def __init__(self) -> None:
-        # By storage, which lives as long as this does; with the tensor's version, which an in-place operation raises.
+        # The keys are storages, which stay alive as long as this scope. The integer is the tensor's version when it was left
+        # out; an in-place operation raises the version.
         self._known: dict[int, tuple[_LeftOut, Tensor, int]] = {}
         super().__init__(self._pack, self._unpack)
 
     def leave_out(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        """Do not save `tensor` or a view of it; `make()` gives it again, bitwise, in backward. Once the block has written into
-        it, it is saved after all."""
+        """Do not save `tensor` or a view of it; in backward, `make()` must return the same values bitwise.
+
+        After the block has written into `tensor`, it is saved after all.
+        """
         self._known[tensor.untyped_storage()._cdata] = (_LeftOut(make), tensor, tensor._version)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Packed:
@@ -114,13 +119,13 @@ def current_scope() -> RecomputeScope | None:
 
 
 def is_active() -> bool:
-    """Whether tensors can be left out here: a graph is being recorded, and nobody else decides what it keeps
+    """Whether tensors can be left out here: a graph is being recorded, and nothing else decides what it keeps
     (activation checkpointing, offloading, `torch.compile`)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not autograd.saved_tensors_are_hooked()
 
 
 class Recomputed(torch.autograd.Function):
-    """`run(x, *parameters)`, of which only the arguments are kept; backward runs it again with gradients."""
+    """Computes `run(x, *parameters)` and keeps only the arguments; backward runs it again with gradients."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
@@ -158,7 +163,7 @@ KEPT = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,  # a reduce-scatter on gloo
 }
-"""Results that `selective` checkpointing keeps, but for those of `partial_product`."""
+"""The operations whose results `selective` checkpointing keeps, except inside `partial_product`."""
 
 
 _partial_product = contextvars.ContextVar("_partial_product", default=False)
@@ -166,8 +171,12 @@ _partial_product = contextvars.ContextVar("_partial_product", default=False)
 
 @contextlib.contextmanager
 def partial_product() -> Iterator[None]:
-    """While inside, matrix products are terms of a sum over the ranks: `tp` times as large as the sum, which is kept."""
-    if torch.compiler.is_compiling():  # nothing is checkpointed then
+    """Inside this context, selective checkpointing does not keep matrix products, because they are partial.
+
+    A partial product is `tp` times as large as the reduce-scattered sum, which is kept instead.
+    """
+    # Compiled layers are not checkpointed.
+    if torch.compiler.is_compiling():
         yield
         return
     token = _partial_product.set(True)
@@ -187,7 +196,7 @@ selective_contexts = functools.partial(create_selective_checkpoint_contexts, _po
 
 
 def regather(x: DTensor, mesh: DeviceMesh) -> Callable[[], Tensor]:
-    """How to make `enter_region(x)` again. Holds this rank's part of it only."""
+    """Return a function that computes `enter_region(x)` again. It holds only this rank's part of `x`."""
     shard, length = x._local_tensor, x.shape[1]
     version = shard._version
 

@@ -34,7 +34,7 @@ STYLES: dict[str, type[Style]] = {
 
 
 def style_for(rule: str, config: TPSPConfig, parameter_rules: dict[str, str] | None = None) -> Style:
-    """The style that a rule of a plan names; what follows a colon are its arguments (`colwise_packed:64,64`).
+    """Make the style that a plan's rule names, with the arguments after the colon (`colwise_packed:64,64`).
 
     Raises:
         ValueError: the rule names no style.

@@ -1,4 +1,4 @@
-"""On the residual stream: the embedding that begins it, what enters and meets it, and the norms."""
+"""The styles on the residual stream: the embedding, the entry of a layer, parameters used on the stream, and the norms."""
 
 from __future__ import annotations
 
@@ -26,9 +26,13 @@ class Embedding(Style):
     Each rank looks up the ids it owns and leaves zeros for the rest; the sum over ranks is the embedding.
     Forward: reduce-scatter. Backward: all-gather. (Without SP, or `embedding:plain`, for a model that computes between the
     embedding and the first layer: all-reduce, none.)
+
+    Attributes:
+        start: the first id that this rank owns.
+        rows: the number of ids that this rank owns.
     """
 
-    start: int  # of this rank's rows of the table
+    start: int
     rows: int
 
     def __init__(self, config: TPSPConfig, *variants: str, **given: Any):
@@ -47,7 +51,8 @@ class Embedding(Style):
         super().install(module, tp)
 
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
-        embedding: Any = module  # torch's stubs take its sizes for tensors
+        # torch's stubs type the sizes as tensors.
+        embedding: Any = module
         (ids,) = args or kwargs.values()
         require_inside("input_ids", ids, embedding.num_embeddings)
         start, rows = self.start, self.rows
@@ -66,9 +71,10 @@ class Embedding(Style):
 
 
 class Stream(Style):
-    """Parameters of a decoder layer, or of the model, beside its modules: they meet the stream itself.
+    """Parameters that a decoder layer or the model owns itself, and uses on the stream.
 
-    On a sharded stream they are DTensors, as it is. Without SP they are plain meanwhile. A hook, as for `Enter`.
+    On a sharded stream they stay DTensors, like the stream. Without SP a pre-forward hook makes them plain, and a forward
+    hook puts the DTensors back. These are hooks for the same reason as in `Enter`.
     """
 
     reads_parts = True
@@ -93,10 +99,10 @@ class Stream(Style):
 
 
 class Enter(Stream):
-    """On a decoder layer: a plain stream (the caller's `inputs_embeds`) is cut into sequence shards, and so is what the layer
-    takes along the sequence beside it (`enter:per_layer_input`).
+    """The entry of a decoder layer: cuts a plain stream (the caller's `inputs_embeds`) into sequence shards.
 
-    Forward: none. Backward: all-gather. What is sharded already passes through.
+    Further arguments along the sequence, which the rule names (`enter:per_layer_input`), are cut too. A DTensor passes
+    through unchanged. Forward: none. Backward: all-gather.
     """
 
     backward_collective = "all-gather if plain"
@@ -114,9 +120,11 @@ class Enter(Stream):
                 return x
             return slice_sequence(x, tp.mesh)
 
-        # A hook, not a wrapped forward: transformers checkpoints a layer only if its class's own forward is called.
+        # This is a hook and no wrapped forward, because transformers checkpoints a layer only if its class's own forward is
+        # called.
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if not tp.gradients.computes_model():  # a layer that the script calls by itself: plain in, plain out
+            # A layer that the script calls by itself takes plain tensors and returns plain ones.
+            if not tp.gradients.computes_model():
                 return None
             args = tuple(
                 cut(x) if i == 0 or name in self.names else x
@@ -131,7 +139,7 @@ class Enter(Stream):
 class Norm(Style):
     """A norm on the stream: each rank normalizes its own part of the sequence. Parameters replicated; no collective.
 
-    With `regather_inputs` only its input is kept, and it runs once more in backward.
+    With `regather_inputs` only the norm's input is kept, and the norm runs once more in backward.
     """
 
     def is_partial(self, name: str) -> bool:
@@ -145,8 +153,8 @@ class Norm(Style):
         local = to_local(x) if isinstance(x, DTensor) else x
         with self.local_parameters(module, tp):
             if type(self) is Norm and self.sequence_parallel and not isinstance(x, DTensor):
-                # The whole sequence on every rank (a script that calls the norm itself, a model all of whose layers were
-                # dropped): the ranks' gradients of the parameters, which are added up, are one and the same.
+                # Every rank has the whole sequence here (a script calls the norm itself, or all layers of the model were
+                # dropped). So all ranks have the same gradient of the parameters, and each contributes its share to the sum.
                 for name, value in module._parameters.items():
                     if isinstance(value, Tensor) and value.requires_grad:
                         module._parameters[name] = OneShare.apply(value, tp.size)
@@ -158,12 +166,13 @@ class Norm(Style):
 
 
 def recomputed(module: nn.Module, inner: Callable, x: Tensor) -> Tensor:
-    """`inner(x)`, the forward of `module`, of which only `x` is kept for backward."""
+    """Compute `inner(x)`, the forward of `module`, and keep only `x` and the parameters for backward."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
         own = dict(module._parameters)
-        parameters: dict[str, Any] = module._parameters  # plain tensors, for a while
+        # The annotation allows plain tensors, which stand in this dict while `inner` runs.
+        parameters: dict[str, Any] = module._parameters
         parameters.update(zip(names, values, strict=True))
         try:
             return inner(x)
