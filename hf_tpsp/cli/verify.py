@@ -86,11 +86,14 @@ def run(args: argparse.Namespace) -> None:
 
 def print_result(result: Result) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     if result.error:
-        console.print(f"{result.model_type}: [bold]refused[/]. {result.error}", highlight=False)
+        # What the witness raises says that the ranks differ; everything else is an architecture that is refused.
+        what = "DIFFERS from one process" if "check of training forward" in result.error else "refused"
+        console.print(f"{result.model_type}: [bold]{what}[/]. {escape(result.error)}", highlight=False)
         return
     title = (
         f"{result.model_type}, FSDP {result.dp_size} x TP {result.tp_size}, {result.length} tokens, {result.dtype}: "
@@ -111,7 +114,7 @@ def print_result(result: Result) -> None:
         f"sequence parallel {sequence}, loss parallel {'on' if result.loss_parallel else 'off'}", highlight=False
     )
     for note in result.notes:
-        console.print(f"- {note}", highlight=False)
+        console.print(f"- {note}", highlight=False, markup=False)
     if result.modules:
         console.print(module_table(result))
     if result.modules or not result.is_equal:
