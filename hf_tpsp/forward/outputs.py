@@ -185,8 +185,7 @@ def whole_stream(x: DTensor) -> Tensor:
 
 
 def whole_heads(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's heads `[batch, heads / tp, …]` → all `[batch, heads, …]`, lazily. Backward: this rank's heads'
-    gradient."""
+    """This rank's heads `[batch, heads / tp, …]` → all `[batch, heads, …]`, lazily. The gradient is this rank's."""
     own, rank, local = x.shape[1], mesh.get_local_rank(), x.detach()
 
     def give(part: Tensor) -> Tensor:

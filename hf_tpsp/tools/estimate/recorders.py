@@ -36,8 +36,7 @@ def tensors_in(tree: object) -> list[Tensor]:
 
 
 def _has_wrappers(types: Collection[type]) -> bool:
-    """Whether an operation is on DTensors or other wrappers. Only the operations on plain tensors inside it are
-    counted."""
+    """Whether an operation is on DTensors or other wrappers. Only those on plain tensors, inside it, are counted."""
     plain = Tensor.__torch_dispatch__
     return not all(t.__torch_dispatch__ is plain or issubclass(t, FakeTensor) for t in types)
 

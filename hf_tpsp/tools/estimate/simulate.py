@@ -1,6 +1,6 @@
 """One rank's training step, recorded: what it holds, moment by moment, what it sends, what it computes.
 
-`record_step` records a real rank or a simulated one. `simulate_step` simulates a rank, with no device, no weights and no
+`record_step` records a real rank or a simulated one. `simulate_step` simulates one, with no device, no weights and no
 other ranks: the model is built and sharded on meta, by the same `parallelize`, in a fake process group, and the step
 runs on fake tensors, which have shapes and no values.
 
