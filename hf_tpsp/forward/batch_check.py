@@ -122,7 +122,7 @@ def _digests(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
 
 
 def _text(x: Any) -> str:
-    """The text by which an argument is compared. A tensor's is the kind of its values; these have a digest."""
+    """The text by which an argument is compared; for a tensor only the kind of its values, which have a digest."""
     if isinstance(x, Tensor):
         return "integers" if x.dtype in INTEGERS else str(x.dtype)
     return repr(x) if isinstance(x, (bool, int, float, str)) else type(x).__name__
@@ -142,7 +142,7 @@ def vocabularies(model: nn.Module) -> dict[str, int]:
 
 
 def has_labels_of_words(model: nn.Module) -> bool:
-    """Whether the model's loss is transformers' causal loss, whose labels are tokens. Others may take any."""
+    """Whether the model's loss is transformers' causal loss, whose labels are tokens. Others take any labels."""
     loss = model.loss_function
     return "CausalLM" in getattr(loss, "__name__", "") or getattr(loss, "__name__", "") == "causal_lm_loss"
 

@@ -70,7 +70,7 @@ def _rates_inside(module: nn.Module) -> Iterator[tuple[weakref.ref, str]]:
 
 @contextlib.contextmanager
 def own_stream(rank: int, device: torch.device) -> Iterator[None]:
-    """While inside, `device`'s default generator draws `rank`'s own numbers. The common one advances by one."""
+    """While inside, `device`'s default generator draws `rank`'s own numbers. The common stream moves one step."""
     if torch.compiler.is_compiling() or is_simulated():
         yield
         return

@@ -142,7 +142,8 @@ class Recorder:
         features = features if isinstance(features, Tensor) else None
         self._made[id(output)], self.takers[call] = (output, call), []
         if isinstance(output, LazyLogits):
-            # The logits are computed apart, because the loss would notice a read. Their gradient is in the loss.
+            # The logits are computed apart, because a read would leave the whole ones in them. Their gradient is inside
+            # the loss.
             with torch.no_grad():
                 self.outputs[call] = part_of(output._run(output.hidden))
             return
