@@ -112,8 +112,7 @@ def check(model: nn.Module, given: dict[str, Any], mesh: DeviceMesh, step: int) 
 
 
 def _digests(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
-    """Two int64 digests on `device`: one of the tensors' values in `batch`, one of the names, dtypes and other
-    values."""
+    """Two int64 digests on `device`: of the tensors' values in `batch`, and of the names, dtypes and other values."""
     tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor)}
     total = torch.zeros((), dtype=torch.int64, device=device)
     for name, x in sorted(tensors.items()):
@@ -123,8 +122,7 @@ def _digests(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
 
 
 def _text(x: Any) -> str:
-    """The text by which an argument is compared. For a tensor it is the kind of its values, which have their own
-    digest."""
+    """The text by which an argument is compared; for a tensor only the kind of its values, which have a digest."""
     if isinstance(x, Tensor):
         return "integers" if x.dtype in INTEGERS else str(x.dtype)
     return repr(x) if isinstance(x, (bool, int, float, str)) else type(x).__name__
@@ -144,8 +142,7 @@ def vocabularies(model: nn.Module) -> dict[str, int]:
 
 
 def has_labels_of_words(model: nn.Module) -> bool:
-    """Whether the model's loss is transformers' causal loss, whose labels are tokens. Another loss may take any
-    labels."""
+    """Whether the model's loss is transformers' causal loss, whose labels are tokens. Others take any labels."""
     loss = model.loss_function
     return "CausalLM" in getattr(loss, "__name__", "") or getattr(loss, "__name__", "") == "causal_lm_loss"
 

@@ -47,8 +47,7 @@ def check_dtypes(model: nn.Module) -> None:
     """
     prefixes = {module: prefix for prefix, module in model.named_modules()}
     for group in fsdp2.fsdp_groups(model):
-        # The parameters are read from the modules, where a loader has put them. FSDP2 looks there again at its first
-        # forward.
+        # The parameters are read from the modules, where a loader has put them. FSDP2's first forward looks there too.
         places = map(fsdp2.place_of, group.fsdp_params)
         named = {f"{prefixes[module]}.{name}".lstrip("."): module._parameters[name] for module, name in places}
         trained = {name: p.dtype for name, p in named.items() if p.requires_grad}

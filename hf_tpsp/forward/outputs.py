@@ -185,8 +185,10 @@ def whole_stream(x: DTensor) -> Tensor:
 
 
 def whole_heads(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's heads `[batch, heads / tp, …]` → all `[batch, heads, …]`, lazily. Backward: this rank's heads'
-    gradient."""
+    """This rank's heads `[batch, heads / tp, …]` → all `[batch, heads, …]`, lazily.
+
+    Backward: the gradient of this rank's heads.
+    """
     own, rank, local = x.shape[1], mesh.get_local_rank(), x.detach()
 
     def give(part: Tensor) -> Tensor:

@@ -70,8 +70,7 @@ def _rates_inside(module: nn.Module) -> Iterator[tuple[weakref.ref, str]]:
 
 @contextlib.contextmanager
 def own_stream(rank: int, device: torch.device) -> Iterator[None]:
-    """While inside, `device`'s default generator draws `rank`'s own numbers. The common stream advances by one
-    number."""
+    """While inside, `device`'s default generator draws `rank`'s own numbers. The common stream moves one step."""
     if torch.compiler.is_compiling() or is_simulated():
         yield
         return
@@ -105,8 +104,7 @@ _DRAWS = {
 }  # fmt: skip
 
 
-# Function → the position, name and default of its rate, and of its `training` flag. If either is zero, it draws
-# nothing.
+# Function → position, name and default of its rate and of its `training` flag. If either is zero, it draws nothing.
 _RATED = {
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout), ((1, "p", 0.5), (2, "training", True))),
     F.alpha_dropout: ((1, "p", 0.5), (2, "training", False)),

@@ -65,8 +65,7 @@ class TPSPCallback(TrainerCallback):
 
 
 def install(config: TPSPConfig) -> session.Enabled:
-    """Install what a Trainer, or a script's own loop with accelerate, needs of hf_tpsp, unless it is installed
-    already."""
+    """Install what a Trainer, or a script's own loop with accelerate, needs of hf_tpsp, unless that is done already."""
     if (handle := session.current()) is not None:
         return handle
     handle = session.start(config)

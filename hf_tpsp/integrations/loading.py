@@ -39,8 +39,7 @@ class _Ours(DistributedConfig):
 
 
 class _Meshes:
-    """Stands for transformers' mesh manager, which transformers only asks for the mesh that it passes on to the
-    loader."""
+    """Stands for transformers' mesh manager, which is only asked for the mesh that the loader gets."""
 
     def __init__(self, mesh):
         self._mesh = mesh

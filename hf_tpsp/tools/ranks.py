@@ -75,8 +75,7 @@ def _rank(rank: int, world_size: int, port: int, pipe) -> None:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    # A mesh makes process groups with threads of their own, which nobody closes, so one mesh of each shape serves all
-    # tasks.
+    # A mesh makes process groups with threads of their own, which nobody closes, so all tasks share one of each shape.
     device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     pristine = dict(os.environ)
     while (task := pipe.recv()) is not None:

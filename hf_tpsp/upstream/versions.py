@@ -27,8 +27,7 @@ class Library:
 
     @property
     def is_tested(self) -> bool:
-        """Whether there is nothing to warn about: the version is in the range, or none is installed, or no range is
-        known."""
+        """Whether there is nothing to warn about: the version is in the range, or there is no version or no range."""
         return not self.version or self.tested is None or self.tested.contains(self.version, prereleases=True)
 
 

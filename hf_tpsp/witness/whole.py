@@ -107,8 +107,7 @@ def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs:
             return [relative_error(out, expected), 0.0, limit]
         if not out.requires_grad:
             return [relative_error(out, expected), torch.inf, limit]
-        # The output's gradient may be any direction except the output itself, along which a norm's output does not
-        # change.
+        # The output's gradient may be any direction except the output, along which a norm's output does not change.
         direction = (
             torch.cos(torch.arange(expected.numel(), device=expected.device)).view_as(expected).to(expected.dtype)
         )
@@ -120,8 +119,7 @@ def compare_with_whole(whole: nn.Module, module: nn.Module, args: tuple, kwargs:
 
 
 def _compare_lookup(whole: nn.Module, module: nn.Module, args: tuple, kwargs: dict, mesh) -> list:
-    """`compare_with_whole` for the embedding, on the rows that this batch looks up: the whole weight is never
-    gathered."""
+    """`compare_with_whole` for the embedding, on the rows of this batch: the whole weight is never gathered."""
     (ids,) = args or kwargs.values()
     weight = module.weight.detach().to_local()
     looked_up, places = torch.unique(ids, return_inverse=True)

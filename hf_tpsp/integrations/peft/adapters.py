@@ -82,8 +82,7 @@ def saved_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def shard_adapted(model: PeftModel, config: TPSPConfig) -> PeftModel:
-    """Shard a model in memory that peft has wrapped: first the base model, without peft's wrappers, then the
-    adapters."""
+    """Shard a model in memory that peft has wrapped: first the base without the wrappers, then the adapters."""
     for peft_config in model.peft_config.values():
         check_config(peft_config)
     base = model.get_base_model()

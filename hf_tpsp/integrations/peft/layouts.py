@@ -72,8 +72,7 @@ def copy_layouts(wrapper: ModulesToSaveWrapper) -> list[tuple[nn.Module, Style]]
 
 
 def check_copied(original: nn.Module) -> None:
-    """Raise `ValueError` unless a copy of `original`, a module of a sharded model, can be laid out like the
-    original."""
+    """Raise `ValueError` unless a copy of `original`, which is in a sharded model, can be laid out like it."""
     style = style_of(original)
     if not isinstance(style, (Embedding, Head, Norm)) or (
         isinstance(style, ReplicatedPartial) and not is_norm(original)
@@ -158,8 +157,7 @@ def _norm_of_rows(
     scaling: float,
     adapter_name=None,
 ) -> Tensor:
-    """Norms of the rows of `W + scaling * B A`. If each rank has some columns only, one all-reduce `over` the TP
-    mesh."""
+    """Norms of the rows of `W + scaling * B A`. If each rank has some columns only, one all-reduce `over` TP."""
     # Inside the forward the weight is this rank's local tensor. Outside of it, where peft merges, it is a DTensor.
     if isinstance(weight, DTensor):
         raise ValueError(

@@ -13,23 +13,24 @@ from .step import Segment, Step
 
 
 def deepen(shallow: Step, deep: Step, layers: int) -> Step:
-    """The step of a model with `layers` layers, from those of two that are one pattern of layers apart."""
+    """The step of a model with `layers` layers, from the steps of two models that are one pattern of layers apart."""
     pattern = deep.layers - shallow.layers
     times = (layers - deep.layers) // pattern
     assert deep.layers + times * pattern == layers
 
     def outward(a, b):
-        """What is `a` in the shallow step and `b` in the deep one."""
+        """The value at full depth of what is `a` in the shallow step and `b` in the deep one."""
         return b + (b - a) * times
 
     def outside(name: str, a: Segment, b: Segment) -> Segment:
         return Segment(name, outward(a.change, b.change), outward(a.rise, b.rise), outward(a.most, b.most))
 
-    n, middle = deep.layers, deep.layers - 1  # the last layer is another: its weights stay gathered
+    # The last layer differs from the others, because its weights stay gathered.
+    n, middle = deep.layers, deep.layers - 1
     forward, backward = deep.segments[1 : n + 1], deep.segments[n + 2 : 2 * n + 2][::-1]
 
     def repeated(segments: list[Segment], name: str) -> list[Segment]:
-        """Layer 0 first."""
+        """The segments of all layers at full depth, layer 0 first."""
         start = middle - pattern
         order = [*range(middle), *(start + i % pattern for i in range(times * pattern)), *range(middle, n)]
         return [dataclasses.replace(segments[index], name=f"{name} of layer {at}") for at, index in enumerate(order)]
@@ -54,7 +55,8 @@ def deepen(shallow: Step, deep: Step, layers: int) -> Step:
 
 
 def layer_kinds(model: PreTrainedModel) -> list[tuple]:
-    """For each decoder layer what tells it from others: its modules, its parameters' shapes, its entry in the config."""
+    """For each decoder layer what tells it from others: its modules, its parameters' shapes, its entry in the
+    config."""
     layers = decoder_layers(model)
     lists = _lists_of(model.config.get_text_config())
     return [
@@ -79,14 +81,17 @@ def _lists_of(config: PreTrainedConfig) -> dict[str, list]:
 def depths(kinds: list) -> tuple[int, int] | None:
     """Two depths, one pattern apart, from which `deepen` can make the whole; None if it must be run whole.
 
-    With `n` layers cut off at the end, the others are what they were, and so is the last one if whole patterns were cut.
+    Cutting layers off at the end does not change the kinds of those that stay. If whole patterns are cut, the last
+    layer is of the same kind as before.
     """
     whole = len(kinds)
     for pattern in range(1, whole):
-        first = next(  # from here on the pattern repeats
+        # From layer `first` on the pattern repeats.
+        first = next(
             i for i in range(whole) if all(a == b for a, b in zip(kinds[i:], kinds[i + pattern :], strict=False))
         )
-        least = first + 3  # the first two layers and the last are unlike others in what FSDP2 has fetched ahead
+        # The first two layers and the last differ from others in what FSDP2 has fetched ahead.
+        least = first + 3
         shallow = least + (whole - least) % pattern
         if shallow + 2 * pattern <= whole:
             return shallow, shallow + pattern

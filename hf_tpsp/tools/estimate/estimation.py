@@ -1,7 +1,7 @@
 """`estimate`: will it fit, on which mesh, how long does a step take. Simulated, before a GPU is paid for.
 
-Memory and traffic are recorded from the real package on one simulated rank (`simulate`). The time of a step is a model, on
-top of the recorded FLOPs and bytes; `Estimate.assumptions` states it in full.
+Memory and traffic are recorded from the real package on one simulated rank (`simulate`). The time of a step is a model,
+on top of the recorded FLOPs and bytes; `Estimate.assumptions` states it in full.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .hardware import FLOP_RATES, GIB, Hardware, MeshEstimate, judge
 from .meshes import legal_meshes, model_config
 from .simulate import Job, build_on_meta, simulate, simulated_world
 
-SEARCH_STEPS = 6  # simulations in search of the longest sequence or the largest batch
+# The number of simulations in search of the longest sequence, and of the largest batch.
+SEARCH_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Estimate:
         return self.meshes[0]
 
     def config(self) -> TPSPConfig:
-        """That of the best mesh."""
+        """The config of the best mesh."""
         return TPSPConfig(
             tp_size=self.best.tp, dp_shard_size=self.best.dp_shard, dp_replicate_size=self.best.dp_replicate,
             **self.choices,
@@ -114,7 +115,8 @@ def estimate(
     choices["mixed_precision"] = "bf16" if dtype == "bf16" else "no"
     meshes = legal_meshes(config, gpus, hardware.per_host, dp, tp, dp_replicate, **choices)
     whole = build_on_meta(config, job)
-    plan_for(whole, meshes[0])  # says what hf_tpsp does not support, before anything is simulated
+    # The plan raises for what hf_tpsp does not support, before anything is simulated.
+    plan_for(whole, meshes[0])
     kinds = layer_kinds(whole)
     parameters = sum(p.numel() for p in whole.parameters())
 
@@ -128,7 +130,8 @@ def estimate(
     with _quiet(), simulated_world(gpus, backend):
         found: dict[TPSPConfig, MeshEstimate] = {}
         skipped = []
-        for mesh in meshes:  # of one tp, the most sharded first
+        # Of the meshes with one tp, the most sharded comes first.
+        for mesh in meshes:
             if any(_at_least(mesh, m, e) > e.headroom for m, e in found.items() if m.tp_size == mesh.tp_size):
                 skipped.append(f"{mesh.dp_replicate_size} x {mesh.dp_shard_size} x {mesh.tp_size}")
             else:
@@ -158,18 +161,19 @@ def estimate(
 
 
 def _at_least(mesh: TPSPConfig, other: TPSPConfig, estimated: MeshEstimate) -> int:
-    """By how many bytes at least the peak on `mesh` is higher than on `other`, which shards the state over more ranks."""
+    """By how many bytes at least the peak on `mesh` is higher than on `other`, which shards the state over more
+    ranks."""
     state = estimated.at_peak["parameters"] + estimated.at_peak["optimizer"]
     return state * (other.dp_shard_size - mesh.dp_shard_size) // mesh.dp_shard_size
 
 
 def _largest(headroom: Callable[[int], int], first: int, at_first: int, guess: int, granule: int) -> int:
-    """The largest multiple of `granule` with a headroom, which falls about linearly; 0 if there is none.
+    """The largest size that was found to have headroom, to within `granule`; 0 if there is none.
 
     Args:
-        headroom: simulates, so every answer but `first` has been simulated.
-        first: where the headroom is known to be `at_first`.
-        guess: where to look next.
+        headroom: the headroom of a size, by simulation. It falls about linearly with the size.
+        first: the size whose headroom is known to be `at_first`.
+        guess: the size to try next.
     """
     known = {first: at_first}
     for _ in range(SEARCH_STEPS):
@@ -181,7 +185,8 @@ def _largest(headroom: Callable[[int], int], first: int, at_first: int, guess: i
         if fails is not None and guess >= fails:
             guess = (fails - 1) // granule * granule
         known[guess] = headroom(guess)
-        (a, x), (b, y) = sorted(known.items(), key=lambda item: abs(item[1]))[:2]  # the two nearest to none at all
+        # The next guess lies on the line through the two sizes whose headroom is nearest to zero.
+        (a, x), (b, y) = sorted(known.items(), key=lambda item: abs(item[1]))[:2]
         guess = int(a + x * (b - a) / (x - y)) if x != y else 2 * guess
     return max((n for n in known if known[n] >= 0), default=0)
 
@@ -213,7 +218,7 @@ def _assumptions(job: Job, hardware: Hardware) -> tuple[str, ...]:
 
 
 class _quiet:
-    """transformers' warnings are not for models that have no weights."""
+    """While entered, transformers gives no warnings, which do not concern models without weights."""
 
     def __enter__(self):
         self.verbosity = logging.get_verbosity()

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig
 
 from ...config import TPSPConfig
 
-ITEM = 4  # bytes of an fp32 element, for the floors
+# Bytes of an fp32 element, for the floors.
+ITEM = 4
 
 
 # Kind of collective → bytes that one rank of t sends, as a multiple of (t - 1) / t times the whole tensor, by the ring
@@ -97,31 +98,38 @@ def collective_floor(
     def need(kind: str, count: int, size: int) -> None:
         floor[kind].add(kind, count * size, ranks, count)
 
-    # In each layer two regions, attention and MLP, each: gather, reduce-scatter; and their gradients the other way.
+    # Each layer has two tensor-parallel regions, attention and MLP. Each takes an all-gather and a reduce-scatter in
+    # forward, and the reverse of both for the gradients.
     need("all-gather", 4 * layers, stream)
     need("reduce-scatter", 4 * layers, stream)
-    if choices.regather_inputs or choices.activation_checkpointing != "none":  # the inputs of both, again in backward
+    # The inputs of both are gathered again in backward.
+    if choices.regather_inputs or choices.activation_checkpointing != "none":
         need("all-gather", 2 * layers, stream)
-    if choices.activation_checkpointing == "full":  # attention's output; the MLP's is not needed
+    # Attention's output is computed again in backward. The MLP's is not needed.
+    if choices.activation_checkpointing == "full":
         need("reduce-scatter", layers, stream)
-    need("reduce-scatter", 1, stream)  # embedding
+    # The embedding.
+    need("reduce-scatter", 1, stream)
     need("all-gather", 1, stream)
-    need("all-gather", 1, stream)  # head
-    # The chunked loss adds the gradients of its hidden states up in fp32, and sends them so.
+    # The head. The chunked loss adds the gradients of its hidden states up in fp32, and sends them so.
+    need("all-gather", 1, stream)
     need("reduce-scatter", 1, stream // itemsize * ITEM if choices.loss == "chunked" else stream)
-    if choices.loss == "chunked":  # the log-sum-exp of each rank and the label's logit
+    if choices.loss == "chunked":
+        # Each rank's log-sum-exp, and the label's logit.
         need("all-gather", 1, 2 * tokens * ranks * ITEM)
-    else:  # maximum, sum of exponentials, the label's logit
+    else:
+        # The maximum, the sum of exponentials, and the label's logit.
         need("all-reduce", 3, tokens * ITEM)
     if ranks == choices.world_size:
         need("all-gather", 1, CHECK_BYTES * ranks)
-    need("all-reduce", 1, replicated)  # gradients of all norms
+    # The gradients of all norms.
+    need("all-reduce", 1, replicated)
     return dict(floor)
 
 
 def check_floor(choices: TPSPConfig) -> dict[tuple[str, str], Traffic]:
-    """The check that all ranks were fed the same batch, over `(mesh dim, kind)`: `"world"`, unless all ranks are in one dim.
-    Over TP it is part of `collective_floor`."""
+    """`(mesh dim, kind)` → the traffic of the batch check. The dim is `"world"`, unless one mesh dim has all ranks. If
+    that is TP, the check is part of `collective_floor`."""
     world = choices.world_size
     if world == choices.tp_size:
         return {}

@@ -1,4 +1,4 @@
-"""The hardware that a step is planned for, and what it makes of a simulated step: bytes, seconds."""
+"""The hardware that a step is planned for, and the bytes and seconds that a simulated step takes on it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ FLOP_RATES = {"bf16": 989e12, "pure_bf16": 989e12, "fp32": 67e12}
 
 
 def parse_bytes(text: str | int) -> int:
-    """ "80GiB", "80 GB" → bytes; a whole number is taken as bytes. Raises `ValueError` for a number without its unit."""
+    """ "80GiB", "80 GB" → bytes; a whole number is taken as bytes. Raises `ValueError` for a number without its
+    unit."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
@@ -75,7 +76,8 @@ class Hardware:
 
         Rings that leave a host use the links of all the ranks that the group has there.
         """
-        if dim == "world":  # the batch check
+        if dim == "world":
+            # Only the batch check goes over all ranks.
             stride, size = 1, choices.world_size
         else:
             stride = {"tp": 1, "dp_shard": choices.tp_size, "dp_replicate": choices.tp_size * choices.dp_shard_size}[
@@ -94,7 +96,7 @@ class Collective:
 
     Args:
         across: whether the group spans hosts.
-        count, size, wire: as in `measure.Traffic`.
+        count, size, wire: as in `floors.Traffic`.
         floor: the least `wire` that theory allows; None where there is no formula.
         seconds: by the time model.
     """
@@ -114,11 +116,12 @@ class MeshEstimate:
     """One mesh. Bytes and FLOPs are those of one rank (the first, whose shards are the largest).
 
     Args:
-        fits: whether the peak fits into the memory less the reserve, and `headroom` by how many bytes (or not).
-        moment: where in the step the peak falls.
-        at_peak: bytes by category (`simulate.CATEGORIES`) at that moment.
-        most: of each category its own most in the step.
-        tokens: of a step, all ranks together.
+        fits: whether the peak fits into the memory without the reserve.
+        headroom: the bytes that are then left; negative if the peak does not fit.
+        moment: where in the step the peak is.
+        at_peak: bytes by category (`step.CATEGORIES`) at that moment.
+        most: the most bytes of each category in the step.
+        tokens: the tokens of a step, all ranks together.
         compute_seconds, tp_seconds, dp_seconds: by the time model; `step_seconds` is what the overlap makes of them.
     """
 
@@ -145,12 +148,12 @@ class MeshEstimate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Tokens per second of one GPU."""
         return self.tokens / self.step_seconds / (self.dp_replicate * self.dp_shard * self.tp)
 
 
 def judge(step: Step, mesh: TPSPConfig, job: Job, hardware: Hardware) -> MeshEstimate:
-    """The recorded step against the hardware."""
+    """The estimate of a recorded step on this hardware."""
     moment, at_peak = step.peak()
     peak = int(at_peak.sum())
     headroom = hardware.memory - hardware.reserve - peak

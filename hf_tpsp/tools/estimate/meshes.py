@@ -1,4 +1,4 @@
-"""The model that is asked about, and the meshes that it can be put on."""
+"""The model that an estimate is made for, and the meshes that it can run on."""
 
 from __future__ import annotations
 

@@ -22,11 +22,18 @@ def step(model: nn.Module, ids: Tensor) -> float:
 
 @dataclass
 class Moments:
-    """Moments of a `TensorBytes` in one step, and the keys of the gradients of the head's weight."""
+    """Moments of a `TensorBytes` in one step.
 
-    layers: dict[int, int] = field(default_factory=dict)  # start of the forward of each decoder layer
-    head: int = 0  # start of the head
-    head_done: int = 0  # its input's gradient is there
+    Attributes:
+        layers: decoder layer → the start of its forward.
+        head: the start of the head.
+        head_done: the moment when the gradient of the head's input is there.
+        head_gradients: the keys of the gradients of the head's weight.
+    """
+
+    layers: dict[int, int] = field(default_factory=dict)
+    head: int = 0
+    head_done: int = 0
     head_gradients: set[int] = field(default_factory=set)
 
 
@@ -36,11 +43,13 @@ def moments_of(model: PreTrainedModel, memory: TensorBytes) -> Iterator[Moments]
     moments = Moments()
 
     def settled() -> int:
-        time.sleep(0.02)  # gloo's threads let go of what they have sent a moment after it has arrived
+        # gloo's threads let go of what they have sent a moment after it has arrived.
+        time.sleep(0.02)
         return memory.now
 
     def start_layer(index: int) -> None:
-        moments.layers.setdefault(index, settled())  # checkpointing starts it once more in backward
+        # Checkpointing starts the layer again in backward, which does not count.
+        moments.layers.setdefault(index, settled())
 
     def start_head(head: nn.Linear, args: tuple[Tensor]) -> None:
         moments.head = settled()
@@ -66,12 +75,12 @@ def moments_of(model: PreTrainedModel, memory: TensorBytes) -> Iterator[Moments]
 def measure_step(model: PreTrainedModel, ids: Tensor) -> dict:
     """Bytes that one step holds and sends, on this rank.
 
-    `peak_bytes`: most tensor bytes at once above parameters, buffers, inputs and gradients: activations, temporaries,
-    and the parameters that FSDP2 has gathered. A gradient is whatever storage ends as a parameter's `.grad`; those are
-    `gradient_bytes`.
+    `peak_bytes`: the most tensor bytes at once, without parameters, buffers, inputs and gradients. They are
+    activations, temporaries, and the parameters that FSDP2 has gathered. A gradient is whatever storage ends as a
+    parameter's `.grad`; those are `gradient_bytes`.
 
-    `saved_bytes_per_layer`: what is live at the start of a middle layer's successor, above what was live at its own
-    start. A layer that FSDP2 gathers has been freed again by then and its successor gathered, which cancels.
+    `saved_bytes_per_layer`: what is live at the start of the layer after a middle layer, above what was live at the
+    middle layer's own start. FSDP2 has freed the one layer by then and gathered the other, which cancels.
 
     `loss_peak_bytes`: most tensor bytes at once from the start of the head to the gradient of its input, above those
     at its start (hidden states and everything before them) and the gradient of the head's weight, which is recognized
@@ -97,10 +106,12 @@ def measure_step(model: PreTrainedModel, ids: Tensor) -> dict:
 
 
 def saved_by_a_layer(model: PreTrainedModel, ids: Tensor) -> int:
-    """Bytes that a middle decoder layer keeps for backward, on this rank, from a forward alone; also on fake tensors."""
+    """Bytes that a middle decoder layer keeps for backward, on this rank, from a forward alone; also on fake
+    tensors."""
     with TensorBytes() as held, moments_of(model, held) as moments:
         stream = model.model(input_ids=ids).last_hidden_state
         live = held.timeline()
-    del stream  # kept the graph until here
+    # The stream has kept the graph alive until here.
+    del stream
     middle = (len(moments.layers) - 1) // 2
     return live[moments.layers[middle + 1]] - live[moments.layers[middle]]

@@ -1,10 +1,10 @@
-"""What a step holds and what it sends, in bytes: counted, by watching every operation of a process, and at the least.
+"""Counts the bytes that a step holds and sends, by watching every operation of a process.
 
     with CollectiveBytes() as sent, TensorBytes() as held:
         model(**batch).loss.backward()
     max(held.timeline()), sent.traffic["all-gather"].size
 
-Both are `TorchDispatchMode`s and see an operation after autograd and after tensor subclasses (DTensor) have taken
+Both are `TorchDispatchMode`s. They see an operation after autograd, and after tensor subclasses (DTensor) have taken
 themselves apart. Neither needs a GPU, and neither sees what compiled code does inside a kernel.
 """
 
@@ -36,7 +36,7 @@ def tensors_in(tree: object) -> list[Tensor]:
 
 
 def _has_wrappers(types: Collection[type]) -> bool:
-    """Whether an operation is still one on DTensors or the like. Its parts on plain tensors are what counts."""
+    """Whether an operation is on DTensors or other wrappers. Only those on plain tensors, inside it, are counted."""
     plain = Tensor.__torch_dispatch__
     return not all(t.__torch_dispatch__ is plain or issubclass(t, FakeTensor) for t in types)
 
@@ -51,20 +51,26 @@ class _Storage:
 class TensorBytes(TorchDispatchMode):
     """Bytes of all tensors that come to life while the mode is active, from allocation until they are freed.
 
-    A storage counts from the operation that returns it, unless that is an argument's, until its last reference is gone,
-    and once for all its views. Those from before the mode (parameters, inputs) do not count; if one is resized, as FSDP2
-    does to gather parameters and free them again, the change does. Not seen: scratch memory inside one operation.
+    A storage counts once for all its views, from the operation that returns it until its last reference is gone.
+    An operation that returns the storage of an argument starts no count. Storages from before the mode (parameters,
+    inputs) do not count. If one is resized, as FSDP2 does to gather parameters and free them again, the change counts.
+    Scratch memory inside one operation is not seen.
 
-    Time is the number of changes so far: `now` is the current moment, `timeline()[moment]` the bytes live then. `label`,
-    set from outside, is noted with each storage that comes to life.
+    Time is the number of changes so far: `now` is the current moment, `timeline()[moment]` the bytes live then.
+
+    Attributes:
+        label: noted with each storage that comes to life. It is set from outside.
+        labels: the label of each storage, by key.
+        changes: (key of the storage, bytes) of each change.
     """
 
     def __init__(self):
         super().__init__()
         self.label: str | None = None
-        self.labels: list[str | None] = []  # of each storage, by key
-        self.changes: list[tuple[int, int]] = []  # (key of the storage, bytes)
-        self._storages: dict[int, _Storage] = {}  # by address
+        self.labels: list[str | None] = []
+        self.changes: list[tuple[int, int]] = []
+        # Address → storage.
+        self._storages: dict[int, _Storage] = {}
 
     @property
     def now(self) -> int:
@@ -75,7 +81,7 @@ class TensorBytes(TorchDispatchMode):
         return list(accumulate((0 if key in without else change for key, change in self.changes), initial=0))
 
     def key(self, tensor: Tensor) -> int | None:
-        """What stands for the storage of plain `tensor` in `timeline(without=…)`; None if it is not counted."""
+        """The key of the storage of plain `tensor`, for `timeline(without=…)`; None if the storage is not counted."""
         storage = self._storages.get(address(tensor))
         return storage.key if storage else None
 
@@ -86,7 +92,8 @@ class TensorBytes(TorchDispatchMode):
 
     def __exit__(self, *exception):
         self._resizes.__exit__(None, None, None)
-        self._storages.clear()  # and with them the references that would call `_freed`
+        # This drops the references that would call `_freed`, too.
+        self._storages.clear()
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -103,7 +110,7 @@ class TensorBytes(TorchDispatchMode):
         return result
 
     def _track(self, storage: torch.UntypedStorage, already: int = 0) -> None:
-        """Note the size of `storage`. Of one that is new here, `already` bytes are not counted."""
+        """Note the size of `storage`. If it was not known before, `already` of its bytes are not counted."""
         at = storage_address(storage)
         if at not in self._storages:
             reference = weakref.ref(storage, partial(self._freed, at))
@@ -122,7 +129,8 @@ class TensorBytes(TorchDispatchMode):
 class CollectiveBytes(TorchDispatchMode):
     """Number and bytes of the collectives of each kind. Those of a group of one rank do not count.
 
-    `by_group` has them by `(ranks of the process group, kind)`, `traffic` by kind. Each counts `times` times.
+    `by_group` has them by `(ranks of the process group, kind)`, `traffic` by kind. Each collective counts `times`
+    times.
     """
 
     def __init__(self):
@@ -152,7 +160,8 @@ class CollectiveBytes(TorchDispatchMode):
 class Flops(TorchDispatchMode):
     """Floating-point operations of matrix products and attention, in `total`, by torch's own table of formulas.
 
-    Causal attention counts in full, as it does there and in most published figures. Each counts `times` times.
+    Causal attention counts in full, as in that table and in most published figures. Each operation counts `times`
+    times.
     """
 
     def __init__(self):

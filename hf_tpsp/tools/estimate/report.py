@@ -14,7 +14,8 @@ from .estimation import Estimate
 from .hardware import GIB, MeshEstimate
 from .step import CATEGORIES
 
-COLORS = ("#4c72b0", "#55a868", "#c44e52", "#8172b3", "#ccb974", "#64b5cd", "#999999")  # of CATEGORIES
+# One color for each of CATEGORIES.
+COLORS = ("#4c72b0", "#55a868", "#c44e52", "#8172b3", "#ccb974", "#64b5cd", "#999999")
 
 
 def gib(size: float) -> str:
@@ -102,7 +103,8 @@ def _answers(estimate: Estimate) -> Iterator[str]:
             f"Activation checkpointing {kind}: peak {gib(mesh.peak)} GiB"
             f"{'' if mesh.fits else ' (does not fit)'}, {slower:.2f} of the step's time."
         )
-    by_tp = {m.tp: m for m in sorted(estimate.meshes, key=lambda m: -m.peak)}  # the smallest peak of each tp stays
+    # The meshes come by falling peak, so that the one with the smallest peak of each tp stays.
+    by_tp = {m.tp: m for m in sorted(estimate.meshes, key=lambda m: -m.peak)}
     if len(by_tp) > 1:
         yield (
             "Raising tp: "

@@ -1,13 +1,13 @@
 """One rank's training step, recorded: what it holds, moment by moment, what it sends, what it computes.
 
-`record_step` records a real rank or a simulated one alike. `simulate_step` does the latter, with no device, no weights and
-no other ranks: the model is built and sharded on meta, by the same `parallelize`, in a fake process group, and the step runs
-on fake tensors, which have shapes and no values.
+`record_step` records a real rank or a simulated one. `simulate_step` simulates one, with no device, no weights and no
+other ranks: the model is built and sharded on meta, by the same `parallelize`, in a fake process group, and the step
+runs on fake tensors, which have shapes and no values.
 
-A model of 80 layers is not run whole. Its layers repeat in a pattern (of one, or of two where sliding and full attention
-alternate), so two shallow models, one pattern apart, are recorded and the difference is put in as often as the depth asks
-for. The step is cut into segments at the borders of the layers, for what happens *inside* the layers repeats, and
-what is live around them adds up: the peak is looked for afterwards, in the step of full depth, wherever it then lies.
+A model of 80 layers is not run whole. Its layers repeat in a pattern (of one layer, or of two where sliding and full
+attention alternate). So two shallow models, one pattern apart, are recorded, and their difference is added as often as
+the depth asks for. The step is cut into segments at the borders of the layers, because what happens *inside* the layers
+repeats, while what is live around them adds up. The peak is then looked for in the step of full depth.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from .recorders import local_part
 from .step import Step, record_step
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": functools.partial(torch.optim.AdamW, fused=True),  # the Trainer's default
+    # This is the Trainer's default.
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
     "sgd": sgd,
     "sgd_momentum": functools.partial(sgd, momentum=0.9),
 }
@@ -84,7 +85,7 @@ class Job:
 
 @contextmanager
 def simulated_world(size: int, backend: str = "nccl") -> Iterator[None]:
-    """Be rank 0 of `size` ranks that do not exist, which send as those of `backend` do.
+    """Be rank 0 of `size` ranks that do not exist, with the collectives that ranks of `backend` would use.
 
     Raises:
         ValueError: this process is a rank of a real world.
@@ -95,7 +96,8 @@ def simulated_world(size: int, backend: str = "nccl") -> Iterator[None]:
         try:
             yield
         finally:
-            stream_spec.cache_clear()  # it knows meshes by their shape, and would hand out those whose groups are gone
+            # The cache tells meshes apart by their shape, and would return those whose groups are gone.
+            stream_spec.cache_clear()
 
 
 def build_on_meta(config: PreTrainedConfig, job: Job) -> PreTrainedModel:
@@ -134,7 +136,8 @@ def simulate_step(config: PreTrainedConfig, choices: TPSPConfig, job: Job) -> St
         model.to_empty(device="cpu")
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = OPTIMIZERS[job.optim](trained, lr=1e-3)
-        for parameter in trained:  # a step of zeros: its state is there before the step that counts
+        # A step with zero gradients makes the optimizer's state, before the step that is recorded.
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()

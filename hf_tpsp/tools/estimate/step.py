@@ -32,11 +32,12 @@ CATEGORIES = ("parameters", "optimizer", "gradients", "activations", "loss", "ga
     activations  made in the forward of a layer (or of the embedding), and still there when it is over
     loss         made between the last layer's forward and its backward; the head's unsharded gradient is one of them
     gathered     FSDP2's: gathered parameters, and the buffers of its all-gathers and reduce-scatters
-    temporaries  all others: gone with the layer that made them, unsharded gradients, what is computed again
+    temporaries  all others: what is gone with the layer that made it, unsharded gradients, what is computed again
 """
 
 
-Bytes = np.ndarray  # int64 [len(CATEGORIES)]
+# An int64 array `[len(CATEGORIES)]`.
+Bytes = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Segment:
     """A stretch of the step, relative to what is live at its start.
 
     Args:
-        name: where in the step, as one says it: "forward of layer 3".
+        name: where in the step it is, in words: "forward of layer 3".
         change: live bytes at its end.
-        rise: live bytes at the moment when they are most.
-        most: of each category, live bytes at the moment when it is most.
+        rise: live bytes at the moment when their sum is largest.
+        most: live bytes of each category at the moment when that category is largest.
     """
 
     name: str
@@ -62,7 +63,8 @@ class Step:
 
     Args:
         start: bytes live before it.
-        segments: `[embedding, forward of each layer, head and loss, backward of each layer, rest of backward, optimizer]`.
+        segments: `[embedding, forward of each layer, head and loss, backward of each layer, rest of backward,
+            optimizer]`.
         traffic: collectives by `(mesh dim, kind)`.
         flops: of matrix products and attention on this rank.
         layers: number of decoder layers.
@@ -81,11 +83,11 @@ class Step:
         return zip(self.segments, accumulate((s.change for s in self.segments[:-1]), initial=self.start), strict=True)
 
     def peak(self) -> tuple[str, Bytes]:
-        """Where in the step most bytes are live, and these."""
+        """The name of the segment in which most bytes are live, and these bytes."""
         return max(((s.name, level + s.rise) for s, level in self._levels()), key=lambda peak: peak[1].sum())
 
     def most(self) -> Bytes:
-        """Of each category, its own most: not all at the same moment."""
+        """The most bytes of each category in the step. They are not all live at the same moment."""
         return np.max([level + s.most for s, level in self._levels()], axis=0)
 
 
@@ -100,7 +102,7 @@ def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _gathered(memory: TensorBytes) -> Callable[[], AbstractContextManager]:
-    """A context in which `memory` labels what is allocated "gathered"."""
+    """Makes contexts in which `memory` labels what is allocated "gathered"."""
 
     @contextmanager
     def label() -> Iterator[None]:
@@ -115,7 +117,8 @@ def _gathered(memory: TensorBytes) -> Callable[[], AbstractContextManager]:
 
 @contextmanager
 def _alike_chunks_once(*counters: CollectiveBytes | Flops) -> Iterator[None]:
-    """On fake tensors, run the first, the second and the last chunk of the loss, and count the second for all between."""
+    """While inside, a loss on fake tensors runs its first, second and last chunk only. The `counters` count the second
+    one for all between."""
 
     def abridge(original: Callable) -> Callable:
         def chunks(self: ChunkedHead, hidden: Tensor) -> Iterator[slice]:
@@ -151,7 +154,8 @@ def record_step(
     start[CATEGORIES.index("activations")] = _bytes_of(list(batch.values()))
 
     def mark(name: str) -> None:
-        if name not in names:  # a checkpointed layer runs once more in backward
+        # A checkpointed layer runs again in backward, and is not marked again.
+        if name not in names:
             time.sleep(settle)
             names.append(name)
             marks.append(memory.now)
@@ -165,7 +169,8 @@ def record_step(
         if index == len(layers) - 1:
             mark("head and loss")
         stream = output[0] if isinstance(output, tuple) else output
-        if stream.requires_grad:  # not in the first of a checkpointed layer's two forwards without gradients
+        # The first of a checkpointed layer's two forwards may run without gradients.
+        if stream.requires_grad:
             stream.register_hook(lambda grad: mark(f"backward of layer {index}"))
 
     handles = []
@@ -173,7 +178,8 @@ def record_step(
         handles.append(layer.register_forward_pre_hook(functools.partial(enter, index), with_kwargs=True))
         handles.append(layer.register_forward_hook(functools.partial(leave, index)))
     try:
-        gc.disable()  # so that what happens in a step does not depend on how much garbage there was before
+        # Collection is off, so that what happens in a step does not depend on how much garbage there was before.
+        gc.disable()
         sent, computed, memory = CollectiveBytes(), Flops(), TensorBytes()
         with sent, computed, memory, told_apart(_gathered(memory)), _alike_chunks_once(sent, computed):
             model(**batch).loss.backward()
@@ -188,12 +194,14 @@ def record_step(
         gc.enable()
         for handle in handles:
             handle.remove()
-    if "embedding's backward and replicated gradients" not in names:  # frozen: no gradient arrives there
+    # If the embedding is frozen, no gradient arrives there.
+    if "embedding's backward and replicated gradients" not in names:
         names.insert(-1, "embedding's backward and replicated gradients")
         marks.insert(-1, marks[-1])
     segments = _segments(memory, names, [*marks, end], gradients, len(layers))
     mesh = inner._tpsp.mesh
-    dims = {frozenset(range(dist.get_world_size())): "world"}  # of the batch check, unless a dim has all ranks
+    # The batch check is over "world", unless one mesh dim has all ranks.
+    dims = {frozenset(range(dist.get_world_size())): "world"}
     dims |= {frozenset(dist.get_process_group_ranks(mesh[dim].get_group())): dim for dim in MESH_DIMS}
     traffic = {(dims[group], kind): found for (group, kind), found in sent.by_group.items()}
     return Step(start, segments, traffic, computed.total, len(layers))
@@ -203,7 +211,8 @@ def _segments(
     memory: TensorBytes, names: list[str], marks: list[int], gradients: set[int], layers: int
 ) -> list[Segment]:
     """The changes of `memory` between `marks`, sorted into `CATEGORIES`."""
-    number = np.searchsorted(marks, np.arange(memory.now), side="right") - 1  # segment of each change
+    # The number of the segment in which each change lies.
+    number = np.searchsorted(marks, np.arange(memory.now), side="right") - 1
     born: dict[int, int] = {}
     died: dict[int, int] = {}
     for moment, (key, size) in enumerate(memory.changes):

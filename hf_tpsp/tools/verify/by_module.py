@@ -142,8 +142,8 @@ class Recorder:
         features = features if isinstance(features, Tensor) else None
         self._made[id(output)], self.takers[call] = (output, call), []
         if isinstance(output, LazyLogits):
-            # The logits are computed apart, because the loss would notice if they were read. Their gradient is in the
-            # loss.
+            # The logits are computed apart, because a read would leave the whole ones in them. Their gradient is inside
+            # the loss.
             with torch.no_grad():
                 self.outputs[call] = part_of(output._run(output.hidden))
             return
@@ -309,8 +309,7 @@ def joined(parts: list[Part], expected: Tensor) -> list[Part]:
 def readings(
     parts: list[Part], expected: Tensor, is_inside: bool, is_gradient: bool
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The ways to read the TP ranks' parts of a whole tensor. Each way is a list of pairs: what was found, what is
-    expected."""
+    """The ways to read the TP ranks' parts of a whole tensor. Each way is a list of pairs `(found, expected)`."""
     tensors = [part.local for part in parts]
     shapes = [tensor.shape for tensor in tensors]
     if parts[0].features is not None:

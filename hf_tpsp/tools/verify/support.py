@@ -21,7 +21,8 @@ from .comparison import larger
 from .verify import Result, verify
 
 RUNS = (
-    # This run has an odd vocabulary, an odd length, and an MoE's auxiliary loss, which several batches change.
+    # This run has an odd vocabulary, an odd length, and an MoE's auxiliary loss. Over several batches that loss is not
+    # the one of one process.
     {"dp": 1, "length": 17, "vocabulary": 131, "settings": {"output_router_logits": True}},
     {"dp": 2, "length": 16, "vocabulary": 128, "settings": {}},
 )

@@ -239,11 +239,9 @@ def verify(
 
     Args:
         source: a model type of transformers (`"qwen3"`), or a checkpoint folder, whose own code is run.
-        length: tokens of each of two rows for each data-parallel rank. vocabulary: of the copy. dtype: float32 or
-            float64.
+        length: tokens of each of two rows for each data-parallel rank. vocabulary: of the copy. dtype: float32 or float64.
         settings: further fields of the copy's config.
-        by_module: compare every module's output, and the gradient of that, too, to find where a difference begins. The
-            check
+        by_module: compare every module's output, and the gradient of that, too, to find where a difference begins. The check
             that a first step makes of itself is left out then: it would end what is to be compared.
         pool: ranks that are running already.
 

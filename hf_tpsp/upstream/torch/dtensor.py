@@ -143,8 +143,7 @@ def _patch_full_tensor(original):
 
 
 def average_on(mesh: DeviceMesh) -> None:
-    """Have `full_tensor` average the gradients of the trained parameters on `mesh`, and on meshes that are cut out of
-    it."""
+    """Have `full_tensor` average the gradients of the trained parameters on `mesh` and on its submeshes."""
     mesh._tpsp_averages = True
 
 

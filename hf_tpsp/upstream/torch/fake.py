@@ -109,8 +109,7 @@ def watched_resizes(track: Callable[..., None]) -> Iterator[None]:
 
 
 def address(tensor: Tensor) -> int:
-    """A number that identifies the storage of plain `tensor`, also of a fake one, for which torch 2.13 has no
-    `data_ptr()`."""
+    """A number that identifies the storage of plain `tensor`. A fake one has no `data_ptr()` in torch 2.13."""
     return storage_address(tensor.untyped_storage())
 
 

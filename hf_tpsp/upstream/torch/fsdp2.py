@@ -32,8 +32,7 @@ def place_of(record) -> tuple[nn.Module, str]:
 
 
 def unsharded_numels(module: nn.Module) -> list[int]:
-    """The number of elements that each parameter in `module` has when FSDP2 has gathered it: those of this rank's TP
-    shard."""
+    """The number of elements of each parameter in `module` that FSDP2 gathers: those of this rank's TP shard."""
     return [record._orig_size.numel() for record in fsdp_parameters(module)]
 
 
@@ -48,8 +47,7 @@ def index_sharded_parameters(model: nn.Module) -> None:
 
 
 def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter `name` of `module` as the optimizer holds it, also while FSDP2 shows the gathered one in its
-    place."""
+    """The parameter `name` of `module` as the optimizer holds it, also while FSDP2 shows the gathered one."""
     record = _records.get(module, {}).get(name)
     return record().sharded_param if record is not None else module._parameters.get(name)
 
@@ -97,8 +95,7 @@ class HiddenGroup:
                     record.to_unsharded()
         if self.group._training_state == TrainingState.POST_BACKWARD:
             # The whole model is checkpointed, and its forward runs again in a backward that has passed this group
-            # already. torch 2.13 would drop the gradients that are still to come. In this state it reduces them at the
-            # end.
+            # already. torch 2.13 would drop the gradients that are still to come. This has it reduce them at the end.
             self.group._training_state = TrainingState.PRE_BACKWARD
         self._unshard(async_op)
 

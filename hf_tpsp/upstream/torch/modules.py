@@ -16,8 +16,7 @@ def drop_hooks(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
-    """While inside, no forward hook of `module` or of a part of it is called. torch 2.13 has no public way to suspend
-    hooks."""
+    """While inside, no forward hook of `module` or of a part of it is called. torch 2.13 has no public way for it."""
     hooks = [(part, part._forward_hooks, part._forward_pre_hooks) for part in module.modules()]
     for part, *_ in hooks:
         drop_hooks(part)
@@ -30,8 +29,7 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_compiled_code(module: nn.Module) -> Iterator[None]:
-    """While inside, the compiled parts of `module` run uncompiled. torch 2.13's public switches are for a whole
-    process."""
+    """While inside, the compiled parts of `module` run uncompiled. torch 2.13's public switches are per process."""
     compiled = [(part, part._compiled_call_impl) for part in module.modules() if part._compiled_call_impl is not None]
     for part, _ in compiled:
         part._compiled_call_impl = None
