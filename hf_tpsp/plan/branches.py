@@ -1,7 +1,8 @@
 """Branches on sizes, which a proof on a small copy cannot cover.
 
-The copy has other sizes than the model, and a short sequence. Where code compares such a size, the copy may take another branch
-than training does. Those comparisons are found in the source of the proven modules, and named in the plan's notes.
+The copy has other sizes than the model, and a short sequence. Where code compares such a size, the copy may take
+another branch than training does. Those comparisons are found in the source of the proven modules, and named in the
+plan's notes.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ DEPTH = 3
 
 
 def uncovered(real: nn.Module, small: nn.Module) -> list[str]:
-    """The comparisons of sizes in the code of `real` and its modules that may come out differently in the small copy `small`.
+    """The comparisons of sizes in the code of `real` and its modules that may come out differently in the small copy
+    `small`.
 
-    Each is given as `source (function)`. A comparison of a tensor's size with a number or with a module's size may differ,
-    unless that number is 2 or less. A comparison of two numbers or module sizes is listed if it comes out differently.
+    Each is given as `source (function)`. A comparison of a tensor's size with a number or with a module's size may
+    differ, unless that number is 2 or less. A comparison of two numbers or module sizes is listed if it comes out
+    differently.
     """
     found: dict[str, None] = {}
     seen = set()

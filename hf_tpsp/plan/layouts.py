@@ -14,7 +14,8 @@ from ..sizes import HEADS, KV_HEADS
 from ..structure import features, is_depthwise, own, own_parameters
 from .record import Call
 
-# Activation functions are elementwise, so they can be computed again on any part. (Some entries of ACT2CLS carry arguments.)
+# Activation functions are elementwise, so they can be computed again on any part. (Some entries of ACT2CLS carry
+# arguments.)
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 
@@ -23,7 +24,8 @@ GATHERED, SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
 
 
 def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hidden: int) -> Iterator[dict[str, str]]:
-    """The layouts of `block` that are worth a try: rules by name inside the block, without sizes (`with_sizes` adds them).
+    """The layouts of `block` that are worth a try: rules by name inside the block, without sizes (`with_sizes` adds
+    them).
 
     Args:
         block: a block of a small copy.
@@ -61,7 +63,8 @@ def packings(closing: str) -> Iterator[str]:
 
 
 def translated(native: dict[str, str], inside: dict[str, nn.Module]) -> Iterator[dict[str, str]]:
-    """Layouts translated from transformers' plan. A gathered output with a split input after it may be a packed projection."""
+    """Layouts translated from transformers' plan. A gathered output with a split input after it may be a packed
+    projection."""
     rules = {}
     closing = [n for n, rule in native.items() if rule == SPLIT_INPUT]
     opened = [n for n, rule in native.items() if rule == GATHERED]
@@ -146,8 +149,8 @@ def enclosed_mlps(native: dict[str, str], inside: dict[str, nn.Module], calls: d
 def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> dict[str, str] | None:
     """Fill `rules` with the sizes of `block`, which has the structure of the block that they were proven on.
 
-    Returns None if the block's heads do not divide over the ranks, or if ranks would have to share kv heads that are not
-    found among its projections.
+    Returns None if the block's heads do not divide over the ranks, or if ranks would have to share kv heads that are
+    not found among its projections.
     """
     inside = dict(block.named_modules())
     heads, kv_heads = own(block, HEADS), own(block, KV_HEADS)
@@ -187,7 +190,8 @@ def packed_rule(parts: tuple[int, ...], projection: nn.Module, heads: int | None
 
 
 def whole_layout(block: nn.Module, native: dict[str, str], call: Call | None) -> dict[str, str]:
-    """The layout of a block that every rank computes whole. Linear layers whose output transformers gathers stay split."""
+    """The layout of a block that every rank computes whole. Linear layers whose output transformers gathers stay
+    split."""
     rules = {"": "whole"}
     for name, module in block.named_modules():
         if name and own_parameters(module):

@@ -13,9 +13,9 @@ The plan is derived, not listed per model, and proven before it is used (`prove.
     base.<other>, <other>        whole             other modules beside the layers
     lm_head                      head, lazy_head   logits stay sharded over the vocabulary
 
-A block is split by the first layout whose ranks add up to the block, out of: transformers' own tensor-parallel plan; the
-linear layers whose input is the block's input, and the last one that it calls; each of these also with the module's sizes
-set to one rank's share (`split:heads`). If no layout adds up, every rank computes the block whole.
+A block is split by the first layout whose ranks add up to the block, out of: transformers' own tensor-parallel plan;
+the linear layers whose input is the block's input, and the last one that it calls; each of these also with the module's
+sizes set to one rank's share (`split:heads`). If no layout adds up, every rank computes the block whole.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from .trial import Trial, why_not
 
 
 class NothingToSplit(ValueError):
-    """Raised for a model in which tensor parallelism can split nothing. `plan.tried` holds the layouts that were tried."""
+    """Raised for a model in which tensor parallelism can split nothing. `plan.tried` holds the layouts that were
+    tried."""
 
     # Unpickling passes the message alone, so `plan` has a default.
     def __init__(self, message: str, plan: Plan | None = None):
@@ -63,7 +64,8 @@ class _Planner:
         self.native = dict(model.tp_plan or {})
         self.modules = dict(model.named_modules())
         self.lists = layer_lists(model)
-        # The second try keeps every layer, because the layers' pattern may follow config fields that `shrink.py` does not know.
+        # The second try keeps every layer, because the layers' pattern may follow config fields that `shrink.py` does
+        # not know.
         for every_layer in (False, True):
             self.small = SmallCopy(model, self.lists, every_layer)
             modules = reversed(self.small.modules.items())
@@ -140,7 +142,8 @@ class _Planner:
         return self.plan
 
     def split_together(self) -> None:
-        """Split all blocks of one class in one place, or none: they may pass each other the keys and values of their heads."""
+        """Split all blocks of one class in one place, or none: they may pass each other the keys and values of their
+        heads."""
         for name in (child for layer in self.layers() for child in self.children(layer)):
             if self.call(name) is not None and not (is_norm(self.modules[name]) and self.is_local(name)):
                 self.proof(name, self.inside(name))
@@ -253,7 +256,8 @@ class _Planner:
         return trial
 
     def is_local(self, name: str) -> bool:
-        """Whether the norm `name` can run on a part of the sequence, as a sharded stream needs; tried on the small copy."""
+        """Whether the norm `name` can run on a part of the sequence, as a sharded stream needs; tried on the small
+        copy."""
         small = self.counterpart(name)
         if not self.plan.sequence_parallel or self.small.calls.get(small) is None:
             return True
@@ -344,8 +348,8 @@ def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:
     A small random copy of the model is built from its config and run on the CPU, to prove the layouts.
 
     Raises:
-        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; it has a
-            module that the copy lacks (the message names it); or nothing in it can be split (`NothingToSplit`).
+        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; it
+            has a module that the copy lacks (the message names it); or nothing in it can be split (`NothingToSplit`).
     """
     config.check_model(model.config)
     return _Planner(model, config).make()

@@ -1,13 +1,15 @@
 """The proof that a block can be split: its ranks are simulated one after the other, in one process, on a small copy.
 
-A block can be split if its output is the sum of one partial output per rank. Then every gradient is right too: by the chain
-rule, the ranks' gradients of shared tensors and parameters are partial (`ReplicatedPartial`), whatever the block computes. So
-only the forward needs a proof. `try_layout` runs a block of the small copy (`record.py`) as rank 0 and as rank 1 would run it
-under a layout: the two outputs must add up to the whole block's output. `try_norm` runs a norm on parts of the sequence: each
-output must be that part of the whole norm's output. Both run in evaluation and in training mode, without dropout.
+A block can be split if its output is the sum of one partial output per rank. Then every gradient is right too: by the
+chain rule, the ranks' gradients of shared tensors and parameters are partial (`ReplicatedPartial`), whatever the block
+computes. So only the forward needs a proof. `try_layout` runs a block of the small copy (`record.py`) as rank 0 and as
+rank 1 would run it under a layout: the two outputs must add up to the whole block's output. `try_norm` runs a norm on
+parts of the sequence: each output must be that part of the whole norm's output. Both run in evaluation and in training
+mode, without dropout.
 
-A layout that does not fit may fail with any error, somewhere in the model's own code, where its shapes do not match. That is
-an outcome, and the trial's `error` says where. A mistake in hf_tpsp's own code is not an outcome, and is raised.
+A layout that does not fit may fail with any error, somewhere in the model's own code, where its shapes do not match.
+That is an outcome, and the trial's `error` says where. A mistake in hf_tpsp's own code is not an outcome, and is
+raised.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ TORCH, HF_TPSP = f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).par
 
 
 def try_layout(small: SmallCopy, name: str, layout: dict[str, str]) -> Trial:
-    """Try whether the ranks' outputs of the block `name` under `layout` (without sizes) add up to the whole block's output."""
+    """Try whether the ranks' outputs of the block `name` under `layout` (without sizes) add up to the whole block's
+    output."""
     call, whole = small.calls[name], small.modules[name]
     rules = with_sizes(layout, whole, TPSPConfig(tp_size=RANKS))
     if rules is None:
@@ -61,8 +64,8 @@ def try_layout(small: SmallCopy, name: str, layout: dict[str, str]) -> Trial:
 def try_norm(small: SmallCopy, name: str) -> Trial:
     """Try whether the module `name` acts as a norm does.
 
-    Its output for a part of the sequence must be that part of its output for the whole sequence, and it must not write into
-    its input.
+    Its output for a part of the sequence must be that part of its output for the whole sequence, and it must not write
+    into its input.
     """
     call, whole = small.calls[name], small.modules[name]
 
@@ -166,8 +169,8 @@ class FailingOperation(TorchFunctionMode):
 def reason(error: Exception, failure: FailingOperation) -> str:
     """`RuntimeError in its o_proj (Linear), linear of [2, 11, 64] and [64, 32]: …`.
 
-    It names the innermost module inside the block in which `error` was raised, and the torch operation, if it was raised in
-    one.
+    It names the innermost module inside the block in which `error` was raised, and the torch operation, if it was
+    raised in one.
     """
     owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
@@ -189,8 +192,8 @@ def place(error: Exception) -> str:
 
 
 def is_own_mistake(error: Exception) -> bool:
-    """Whether `error` is a mistake in hf_tpsp's own code and not in the model's, judged by its type and by the innermost frame
-    outside torch."""
+    """Whether `error` is a mistake in hf_tpsp's own code and not in the model's, judged by its type and by the
+    innermost frame outside torch."""
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = next((file for file in reversed(files) if not file.startswith(TORCH)), "")
     return isinstance(error, MISTAKES) and raised_in.startswith(HF_TPSP)

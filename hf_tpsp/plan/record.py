@@ -19,14 +19,15 @@ from transformers.utils import logging
 from ..structure import DROPOUTS, first_tensor
 from .shrink import shrunk_like
 
-# The batch that the copy is run on. No size of a copy is TOKENS, so a tensor `[BATCH, TOKENS, …]` runs along the sequence.
+# The batch that the copy is run on. No size of a copy is TOKENS, so a tensor `[BATCH, TOKENS, …]` runs along the
+# sequence.
 BATCH, TOKENS = 2, 11
 
 
 LOCAL_OPERATIONS = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float",
                     "contiguous", "expand_as", "same", "relu", "gelu", "silu", "tanh", "sigmoid"}  # fmt: skip
-"""Names of the local operations: they do to a part of the sequence what they do to the whole. `same` is a view of the same
-shape."""
+"""Names of the local operations: they do to a part of the sequence what they do to the whole. `same` is a view of the
+same shape."""
 
 
 SPELLINGS = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div",
@@ -67,9 +68,10 @@ class Call:
         args, kwargs: the arguments.
         output: the first tensor that the module returned.
         names: the parameter names of its class's forward, without `self`.
-        linears: the linear layers called inside the module, in order: name inside it → whether the layer's input was the
-            module's own input.
-        own_operations: the operations on tensors along the sequence in its own forward, not in the modules that it calls.
+        linears: the linear layers called inside the module, in order: name inside it → whether the layer's input was
+            the module's own input.
+        own_operations: the operations on tensors along the sequence in its own forward, not in the modules that it
+            calls.
     """
 
     args: tuple
@@ -170,13 +172,14 @@ class SmallCopy:
 
 
 class Recorder:
-    """The recording of one forward of a small copy: a hook before and after each module, and `OwnOperations` between them.
+    """The recording of one forward of a small copy: a hook before and after each module, and `OwnOperations` between
+    them.
 
     Attributes:
         calls: module name → its first call.
         open_calls: `(name, args, kwargs)` of the modules whose forward is running, outermost first.
-        linears: module name → the `linears` of its call. They are collected here, because a linear layer's forward ends before
-            the module that calls it has a `Call`.
+        linears: module name → the `linears` of its call. They are collected here, because a linear layer's forward ends
+            before the module that calls it has a `Call`.
         operations: the operations in the modules' own forwards.
         calls_loss_function: whether the model called its `loss_function`.
     """
@@ -216,8 +219,8 @@ class Recorder:
                 self.calls[name].linears = linears
 
     def stream_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the layers, or the modules around the layers, own themselves. They are laid out for the stream,
-        so the stream may be combined with them."""
+        """The parameters that the layers, or the modules around the layers, own themselves. They are laid out for the
+        stream, so the stream may be combined with them."""
         for stem in self.stems:
             layers = stem[:-1]
             parts = layers.split(".")
@@ -266,7 +269,8 @@ class OwnOperations(TorchFunctionMode):
 
     Attributes:
         found: module name and operation, in order.
-        stream: id → tensor, for the tensors that hold the stream. They are kept alive, so that no other tensor gets their id.
+        stream: id → tensor, for the tensors that hold the stream. They are kept alive, so that no other tensor gets
+            their id.
         layers_began: whether the first layer was called.
         is_on: True until the head is called.
         reader: the name of the module, if any, whose own forward indexes the embedding's weight.

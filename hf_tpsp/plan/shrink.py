@@ -1,8 +1,8 @@
 """A small random copy of an architecture: widths and counts reduced, the structure kept.
 
-The copy keeps: the ratio of query to key/value heads (up to 4; one kv head stays one), whether weights are tied, experts (4)
-and experts per token (2), one layer of each kind in the order of first appearance, MLA's two ranks, sliding windows (shorter
-than a test's sequence), flags, multipliers and activation functions.
+The copy keeps: the ratio of query to key/value heads (up to 4; one kv head stays one), whether weights are tied,
+experts (4) and experts per token (2), one layer of each kind in the order of first appearance, MLA's two ranks, sliding
+windows (shorter than a test's sequence), flags, multipliers and activation functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ HEAD_DIM, ROPE_DIM, EXPERTS, VOCABULARY, LENGTH, WINDOW = 16, 8, 4, 131, 128, 8
 
 
 LARGEST = 3_000_000
-"""The most elements that a parameter of a copy may have. One with more was not shrunk: its size has a name unknown here."""
+"""The most elements that a parameter of a copy may have. One with more was not shrunk: its size has a name unknown
+here."""
 
 
 CONFIG_HEADS = (*HEADS, *OTHER_HEADS)
@@ -170,7 +171,8 @@ def _per_layer(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept_layers(values: dict, layers: int) -> list[int]:
-    """The first layer of each kind, judged by the config's lists with one entry per layer; up to 6 layers, at least two."""
+    """The first layer of each kind, judged by the config's lists with one entry per layer; up to 6 layers, at least
+    two."""
     lists = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == layers > 1]
     if not lists:
         return list(range(min(layers, 4 if OF_LAYERS.keys() & values.keys() else 2)))
@@ -200,7 +202,8 @@ def shrunk_model(
     vocabulary: int = VOCABULARY,
     every_layer: bool = False,
 ) -> PreTrainedModel:
-    """A random model of `shrunk_config(config)`. No parameter keeps a neutral initial value that could hide a wrong gradient.
+    """A random model of `shrunk_config(config)`. No parameter keeps a neutral initial value that could hide a wrong
+    gradient.
 
     Args:
         cls: the model's class; by default the auto class's choice.

@@ -16,8 +16,8 @@ class Trial:
     Attributes:
         owner: the class of the block.
         layout: the rules that were tried, by name inside the block; "" is the block itself.
-        off_by: `evaluation` and `training` → the norm of the difference between the ranks' result and the whole block's output,
-            over the norm of that output. After a mode that is over `LIMIT`, the other is not run.
+        off_by: `evaluation` and `training` → the norm of the difference between the ranks' result and the whole block's
+            output, over the norm of that output. After a mode that is over `LIMIT`, the other is not run.
         error: the error that the layout ended in, if there was nothing to compare; else empty.
         place: the line outside torch and hf_tpsp that raised the error: `modeling_doge.py:288`.
     """
@@ -45,7 +45,8 @@ class Trial:
 
 
 def brief(layout: dict[str, str]) -> str:
-    """A layout in one line: the block's own rule, and the rules inside it: `split; colwise q_proj, k_proj; rowwise o_proj`."""
+    """A layout in one line: the block's own rule, and the rules inside it:
+    `split; colwise q_proj, k_proj; rowwise o_proj`."""
     named: dict[str, list[str]] = {}
     for name, rule in layout.items():
         # These rules split nothing, so they are left out.
@@ -55,7 +56,8 @@ def brief(layout: dict[str, str]) -> str:
 
 
 def why_not(trials: Iterable[Trial]) -> str:
-    """Why none of `trials` was taken: how far the closest one was off, or the first one's error if all ended in errors."""
+    """Why none of `trials` was taken: how far the closest one was off, or the first one's error if all ended in
+    errors."""
     trials = [trial for trial in trials if not trial.adds_up]
     if not trials:
         return "no layout is known for it"
