@@ -1,8 +1,9 @@
-"""Head and vocab-parallel cross entropy together, a chunk of tokens at a time, so no `[tokens, vocab / tp]` tensor exists.
+"""Head and vocab-parallel cross entropy together, a chunk of tokens at a time, so no `[tokens, vocab / tp]` tensor
+exists.
 
 Each rank multiplies a chunk of the hidden states by its rows of the head and reduces the logits to a few numbers per
-token. One all-gather of those numbers gives the loss; every rank sums them in the same order, so the loss is bitwise the
-same on all. The gradients of the logits are formed in place while the chunk is in memory:
+token. One all-gather of those numbers gives the loss; every rank sums them in the same order, so the loss is bitwise
+the same on all. The gradients of the logits are formed in place while the chunk is in memory:
 
     lse_r = log Σ_{v of rank r} exp x_v      lse = log Σ_r exp lse_r      nll = lse - x_label
     d nll / d x_v = exp(x_v - lse) - [v = label]
@@ -37,7 +38,8 @@ class TokenStatistics:
     Args:
         nll: cross entropy of the label, 0 where the label is ignored.
         entropy: entropy of the predicted distribution, in nats; None unless asked for.
-        is_top1: whether the label is the arg-max of the logits (the first, if several are equal); None unless asked for.
+        is_top1: whether the label is the arg-max of the logits (the first, if several are equal); None unless asked
+            for.
         mean_logit: mean of the logits over the vocabulary; None unless asked for.
     """
 
@@ -56,8 +58,8 @@ class ChunkedHead:
         placements: placements of the hidden states on the mesh: sharded over the sequence, or replicated.
         shape: shape of the whole hidden states, `[..., hidden]`.
         vocab_size: number of rows of the whole head.
-        pointwise: functions between head and loss (scale, softcap). Each takes a chunk's logits and the number of their first
-            column.
+        pointwise: functions between head and loss (scale, softcap). Each takes a chunk's logits and the number of their
+            first column.
         statistics: whether entropy, top-1 and mean logit are asked for.
     """
 
@@ -103,8 +105,9 @@ class ChunkedHead:
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: bool):
         """Return `(raw, shaped, x)`.
 
-        `raw` is the product of `hidden` and the head, and `shaped` is `raw` after `pointwise`; both are None if there is no
-        `pointwise`. `x` holds the resulting logits in fp32 or wider, and may be overwritten; it is a copy only if it must be.
+        `raw` is the product of `hidden` and the head, and `shaped` is `raw` after `pointwise`; both are None if there
+        is no `pointwise`. `x` holds the resulting logits in fp32 or wider, and may be overwritten; it is a copy only if
+        it must be.
         """
         raw = F.linear(hidden, weight, bias)
         dtype = torch.promote_types(raw.dtype, torch.float32)
@@ -117,7 +120,8 @@ class ChunkedHead:
         return raw, shaped, shaped.detach().to(dtype, copy=True)
 
     def owned(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """For each label, whether this rank has its row, `[tokens]`, and the local index of that row, `[tokens, 1]` (else 0)."""
+        """For each label, whether this rank has its row, `[tokens]`, and the local index of that row, `[tokens, 1]`
+        (else 0)."""
         local = labels - self.first_row
         owned = (local >= 0) & (local < rows) & (labels != self.ignore_index)
         return owned, local.masked_fill(~owned, 0).unsqueeze(1)
@@ -138,8 +142,9 @@ class ChunkedHead:
         if self.smoothing or self.statistics:
             terms.append(x.sum(1))
         if self.statistics:
-            # To find whether the label is the arg-max, each rank sends a rival of the label's logit. The rank that owns the
-            # label sends -inf if the label is the arg-max of its rows, and +inf if not; other ranks send their largest logit.
+            # To find whether the label is the arg-max, each rank sends a rival of the label's logit. The rank that owns
+            # the label sends -inf if the label is the arg-max of its rows, and +inf if not; other ranks send their
+            # largest logit.
             here = torch.where(x.argmax(1) == local.squeeze(1), -torch.inf, torch.inf)
             terms.append(torch.where(owned, here, largest))
         exponentials = x.sub_(maximum.unsqueeze(1)).exp_()
@@ -171,8 +176,8 @@ class ChunkedHead:
 
     def gradient_(self, x: Tensor, scale: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
         """Overwrite `x` with the gradient of `Σ upstream * nll`, given that `scale * x` are the probabilities."""
-        # A product would not do: `upstream` is infinite in a step without a label (it divides by 0), where one process has
-        # gradients of exactly 0.
+        # A product would not do: `upstream` is infinite in a step without a label (it divides by 0), where one process
+        # has gradients of exactly 0.
         upstream = torch.where(labels != self.ignore_index, upstream, 0)
         owned, local = self.owned(labels, x.shape[1])
         x.mul_((scale * upstream).unsqueeze(1))

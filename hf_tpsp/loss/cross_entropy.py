@@ -1,8 +1,8 @@
 """Cross entropy on vocabulary shards, and a model's own loss on them.
 
-Logits `[batch, seq, vocab]` are sharded over the vocabulary and stay sharded: only per-token numbers are communicated. They
-come as `LazyLogits` or as DTensors. With `loss="chunked"`, the head of `LazyLogits` and the loss are computed together, a
-chunk of tokens at a time. Otherwise the logits of all tokens go through torch's `loss_parallel`: with
+Logits `[batch, seq, vocab]` are sharded over the vocabulary and stay sharded: only per-token numbers are communicated.
+They come as `LazyLogits` or as DTensors. With `loss="chunked"`, the head of `LazyLogits` and the loss are computed
+together, a chunk of tokens at a time. Otherwise the logits of all tokens go through torch's `loss_parallel`: with
 `loss="loss_parallel"`, for logits that something was written into, and for DTensors.
 """
 
@@ -39,10 +39,10 @@ IGNORE_INDEX = -100
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Per-token cross entropy `[tokens]` of local logits `[tokens, vocab / tp]`, by torch's `loss_parallel`.
 
-    torch needs its context to be open in backward too. So the gradient for an upstream gradient of 1 is computed in forward,
-    while the context is open, and saved (`[tokens, vocab / tp]`, in the logits' dtype) in place of the fp32
-    log-probabilities. Backward multiplies it by the upstream gradient, which is exact, because tokens do not mix.
-    Three all-reduces of `[tokens]` in forward, none in backward.
+    torch needs its context to be open in backward too. So the gradient for an upstream gradient of 1 is computed in
+    forward, while the context is open, and saved (`[tokens, vocab / tp]`, in the logits' dtype) in place of the fp32
+    log-probabilities. Backward multiplies it by the upstream gradient, which is exact, because tokens do not mix. Three
+    all-reduces of `[tokens]` in forward, none in backward.
     """
 
     @staticmethod
@@ -93,8 +93,8 @@ def _smooth(
 ) -> tuple[Tensor, Tensor | None]:
     """Label smoothing on top of the cross entropy: `(1 - e) * nll - e * mean_v(log p_v)`.
 
-    Because `nll = lse - x_y` and `-mean_v(log p_v) = lse - mean_v(x_v)`, the loss is `nll + e * (x_y - mean_v(x_v))`. Its
-    gradient is that of nll plus `e * (onehot_y - 1 / vocab)`. One all-reduce of `[2, tokens]`.
+    Because `nll = lse - x_y` and `-mean_v(log p_v) = lse - mean_v(x_v)`, the loss is `nll + e * (x_y - mean_v(x_v))`.
+    Its gradient is that of nll plus `e * (onehot_y - 1 / vocab)`. One all-reduce of `[2, tokens]`.
     """
     columns = local_logits.shape[1]
     start = -(-vocab_size // mesh.size()) * mesh.get_local_rank()
@@ -125,9 +125,9 @@ def vocab_parallel_cross_entropy(
     """`torch.nn.functional.cross_entropy` for logits that are sharded over the vocabulary.
 
     Args:
-        logits: `[..., vocab]`, as a parallelized model returns them: `LazyLogits`, or a DTensor that is `Shard(-1)` on a
-            one-dimensional TP mesh. Plain logits must be whole and the same on every rank. Lazy logits become plain if the
-            model's own code reads them, or if a loss function of the script's own is given whole logits.
+        logits: `[..., vocab]`, as a parallelized model returns them: `LazyLogits`, or a DTensor that is `Shard(-1)` on
+            a one-dimensional TP mesh. Plain logits must be whole and the same on every rank. Lazy logits become plain
+            if the model's own code reads them, or if a loss function of the script's own is given whole logits.
         labels: plain integer tensor `[...]`, the same on every TP rank. Not shifted here.
         ignore_index: labels of this value give no loss and no gradient.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
@@ -178,8 +178,8 @@ def vocab_parallel_statistics(
     """Cross entropy, entropy, top-1 and mean logit of each token from one pass over the vocabulary.
 
     Arguments as in `vocab_parallel_cross_entropy`. The tensors of the result have the shape of `labels`; the gradient
-    of `nll` is exact for any upstream gradient; the others have none. Plain logits (lazy logits that the model's own code
-    has read) must be whole and the same on every rank.
+    of `nll` is exact for any upstream gradient; the others have none. Plain logits (lazy logits that the model's own
+    code has read) must be whole and the same on every rank.
     """
     _check(logits, labels, ignore_index)
     if not isinstance(logits, (LazyLogits, DTensor)):
@@ -272,9 +272,10 @@ def causal_lm_loss(
 def on_shards(loss_function: Callable) -> Callable:
     """Return a function that computes `loss_function` from logits sharded over the vocabulary.
 
-    transformers' causal loss is replaced by `causal_lm_loss`, with the arguments that transformers' loss knows; it ignores
-    all others, such as `label_smoothing`. Any other loss is given whole logits `[batch, seq, vocab]`, plain and the same on
-    every TP rank. Its gradient through them is exact and it may use them freely, but they take the memory of whole logits.
+    transformers' causal loss is replaced by `causal_lm_loss`, with the arguments that transformers' loss knows; it
+    ignores all others, such as `label_smoothing`. Any other loss is given whole logits `[batch, seq, vocab]`, plain and
+    the same on every TP rank. Its gradient through them is exact and it may use them freely, but they take the memory
+    of whole logits.
     """
     if loss_function is ForCausalLMLoss:
 

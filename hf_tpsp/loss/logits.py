@@ -1,10 +1,10 @@
 """Logits that are computed when they are read.
 
-The chunked loss multiplies by the head a few tokens at a time, so that `[tokens, vocab / tp]` never exists. It needs the
-head's input, but the code between head and loss is the model's own. So the head returns `LazyLogits`. They record that code's
-scaling, softcapping and masking of words, in place or not, and the loss takes the hidden states and the recorded operations
-from them. For any other use the ordinary head runs, and its logits are gathered: they are whole and plain, and can be read
-and written into.
+The chunked loss multiplies by the head a few tokens at a time, so that `[tokens, vocab / tp]` never exists. It needs
+the head's input, but the code between head and loss is the model's own. So the head returns `LazyLogits`. They record
+that code's scaling, softcapping and masking of words, in place or not, and the loss takes the hidden states and the
+recorded operations from them. For any other use the ordinary head runs, and its logits are gathered: they are whole and
+plain, and can be read and written into.
 """
 
 from __future__ import annotations
@@ -58,25 +58,25 @@ def is_kept_lazy() -> bool:
 class LazyLogits(Tensor):
     """The logits `[batch, seq, vocab]` of a head that has not run.
 
-    Shape, dtype and device are known. An elementwise operation of `POINTWISE` gives another `LazyLogits`; an in-place one, or
-    a number written into columns, is recorded on this one. Every other use runs the head and acts on the whole logits, a
-    plain tensor. This is collective (every rank of the TP group must do it). Any loss can be computed from the whole logits
-    with an exact gradient, but they take `[batch, seq, vocab]` on every rank. Writing into that tensor, or into a view of it,
-    changes these logits: a loss that is computed later sees it. An attribute of DTensor, such as `placements` or `to_local`,
-    is read from the logits' current value as a DTensor `Shard(-1)`.
+    Shape, dtype and device are known. An elementwise operation of `POINTWISE` gives another `LazyLogits`; an in-place
+    one, or a number written into columns, is recorded on this one. Every other use runs the head and acts on the whole
+    logits, a plain tensor. This is collective (every rank of the TP group must do it). Any loss can be computed from
+    the whole logits with an exact gradient, but they take `[batch, seq, vocab]` on every rank. Writing into that
+    tensor, or into a view of it, changes these logits: a loss that is computed later sees it. An attribute of DTensor,
+    such as `placements` or `to_local`, is read from the logits' current value as a DTensor `Shard(-1)`.
 
     Args:
         hidden: the input of the head, as a DTensor `[batch, seq, hidden]`.
         head: the head, whose parameters are DTensors.
         run: `run(hidden)` runs the ordinary head.
-        parameters: returns the head's weight and bias (or None) as plain local tensors to compute with. None if the loss is
-            to be computed from the logits of all tokens.
+        parameters: returns the head's weight and bias (or None) as plain local tensors to compute with. None if the
+            loss is to be computed from the logits of all tokens.
 
     Attributes:
         pointwise: the recorded operations: functions of logits `[…, columns]` and of the number of their first column.
         origin: the `LazyLogits` that the head returned, if these were derived from them; else None.
-        with_weights: once the model's forward is over, a context that the head must run in, because FSDP may have freed its
-            weight; None before.
+        with_weights: once the model's forward is over, a context that the head must run in, because FSDP may have freed
+            its weight; None before.
     """
 
     hidden: DTensor
@@ -113,12 +113,14 @@ class LazyLogits(Tensor):
 
     @property
     def is_written(self) -> bool:
-        """Whether the whole tensor was (or may have been) written into, so that it holds the logits, and not `pointwise`."""
+        """Whether the whole tensor was (or may have been) written into, so that it holds the logits, and not
+        `pointwise`."""
         return self._whole is not None and (self._whole_version is None or self._whole_version != self._whole._version)
 
     @property
     def is_spent(self) -> bool:
-        """Whether a loss was computed from these logits, or others of the same head, without reading the whole tensor."""
+        """Whether a loss was computed from these logits, or others of the same head, without reading the whole
+        tensor."""
         return (self if self.origin is None else self.origin)._is_spent
 
     def spend(self) -> None:
@@ -182,7 +184,8 @@ class LazyLogits(Tensor):
         return whole.redistribute(placements=[Shard(self.dim() - 1)])
 
     def hook(self, result: Tensor) -> Tensor:
-        """Register the hooks on these logits' gradient on `result`, which the gradient comes through instead. Return `result`.
+        """Register the hooks on these logits' gradient on `result`, which the gradient comes through instead. Return
+        `result`.
 
         FSDP2 starts its backward by a hook on the outputs of the model.
         """
@@ -251,8 +254,8 @@ class LazyLogits(Tensor):
         return self
 
     def _columns(self, func: Callable, rest: tuple, kwargs: dict) -> tuple[Tensor, Any] | None:
-        """The columns `[vocab]` into which `func` writes a number for every token, and that number; None if it does something
-        else."""
+        """The columns `[vocab]` into which `func` writes a number for every token, and that number; None if it does
+        something else."""
         if kwargs or len(rest) < 2 or not is_number(rest[-1]):
             return None
         if func is Tensor.__setitem__ and len(rest) == 2:
@@ -324,7 +327,8 @@ class LazyLogits(Tensor):
 class _Whole(torch.autograd.Function):
     """Logits `Shard(-1)` → the whole logits as a plain tensor with its own memory, which may be written into.
 
-    The gradient is the same on all ranks, and each rank takes its own columns of it. Forward: all-gather. Backward: none.
+    The gradient is the same on all ranks, and each rank takes its own columns of it. Forward: all-gather. Backward:
+    none.
     """
 
     @staticmethod

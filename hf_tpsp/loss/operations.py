@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Operations that models apply to their logits before the loss. They are elementwise, and their other operands are numbers.
+# Operations that models apply to their logits before the loss. They are elementwise, and their other operands are
+# numbers.
 POINTWISE = {
     Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul,
     Tensor.div, Tensor.__truediv__, torch.div,
@@ -46,7 +47,8 @@ METADATA = {
     ),
 }  # fmt: skip
 
-# These hand out the memory of the logits, or concern their gradient, so the version counter does not show later changes.
+# These hand out the memory of the logits, or concern their gradient, so the version counter does not show later
+# changes.
 EXPOSES = {
     Tensor.data.__get__, Tensor.detach_, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr,
     Tensor.untyped_storage, Tensor.retain_grad, Tensor.register_hook,
