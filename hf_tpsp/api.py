@@ -18,8 +18,8 @@ from .state import is_parallelized
 def enable(config: TPSPConfig | None = None) -> session.Enabled:
     """Train this process's causal LMs on the mesh: one line at the top of a script, before its TrainingArguments.
 
-    From then on, `from_pretrained` shards causal LMs while it reads them, and every `Trainer` gets a `TPSPCallback`. If the
-    mesh has a single rank, nothing changes.
+    From then on, `from_pretrained` shards causal LMs while it reads them, and every `Trainer` gets a `TPSPCallback`. If
+    the mesh has a single rank, nothing changes.
 
     Args:
         config: defaults to `TPSPConfig.from_accelerate()`: the mesh of the preset that `accelerate launch` was given.
@@ -28,7 +28,8 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
         A handle that undoes everything: `with enable(): …`, or `handle.disable()`.
 
     Raises:
-        ValueError: the mesh does not have as many ranks as were started, or hf_tpsp is already enabled with another config.
+        ValueError: the mesh does not have as many ranks as were started, or hf_tpsp is already enabled with another
+            config.
     """
     config = config or TPSPConfig.from_accelerate()
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
@@ -53,9 +54,9 @@ def _add_callback(callback: TPSPCallback) -> Callable[[], None]:
 def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     """Shard `model` over the mesh of `config`, in place: tensor, sequence and loss parallel, then FSDP2.
 
-    Call it on every rank before the optimizer is made. A model in memory takes rank 0's weights on all ranks. A model on meta
-    stays on meta, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does). Adapters that peft
-    has put around the model are laid out with it.
+    Call it on every rank before the optimizer is made. A model in memory takes rank 0's weights on all ranks. A model
+    on meta stays on meta, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does).
+    Adapters that peft has put around the model are laid out with it.
 
     Returns:
         The same model. Its parameters are DTensors on `(dp_shard, tp)`. Its logits are `LazyLogits`, sharded over the

@@ -1,9 +1,9 @@
 """The collectives of the residual stream, and its conversions between DTensor and plain tensor, as autograd functions.
 
-They do what `DTensor.redistribute`, `to_local` and `from_local` do for a stream `[batch, seq, hidden]` that is `Shard(1)`,
-without DTensor's bookkeeping, which at small sizes is a third of a training step. Under `torch.compile`, DTensor's own
-functions are used, because the compiler knows them and does their bookkeeping once. The collectives are torch's functional
-ones, because selective checkpointing can keep their results.
+They do what `DTensor.redistribute`, `to_local` and `from_local` do for a stream `[batch, seq, hidden]` that is
+`Shard(1)`, without DTensor's bookkeeping, which at small sizes is a third of a training step. Under `torch.compile`,
+DTensor's own functions are used, because the compiler knows them and does their bookkeeping once. The collectives are
+torch's functional ones, because selective checkpointing can keep their results.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def all_gather_sequence(shard: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
 
 
 def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A partial tensor `[batch, length, hidden]` → this rank's part, along the sequence, of the sum. One reduce-scatter."""
+    """A partial tensor `[batch, length, hidden]` → this rank's part, along the sequence, of the sum. One
+    reduce-scatter."""
     size, (batch, length) = mesh.size(), partial.shape[:2]
     width = -(-length // size)
     if length < size * width:
@@ -60,8 +61,8 @@ def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def own_range(length: int, rank: int, size: int) -> tuple[int, int]:
-    """Start and length of the part that `rank` of `size` holds when DTensor shards `length`. The last ranks' parts may be
-    shorter, or empty."""
+    """Start and length of the part that `rank` of `size` holds when DTensor shards `length`. The last ranks' parts may
+    be shorter, or empty."""
     width = shard_width(length, size)
     start = min(length, rank * width)
     return start, min(width, length - start)
@@ -155,8 +156,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: DTensor, take: Callable[[Tensor, DeviceMesh], Tensor]) -> Tensor:
         ctx.spec, ctx.take = x._spec, take
-        # For a batch of 1 the gathered tensor is a view, and a block could not write into an output that is a view. So it is
-        # detached.
+        # For a batch of 1 the gathered tensor is a view, and a block could not write into an output that is a view. So
+        # it is detached.
         return all_gather_sequence(x._local_tensor, x.shape[1], x._spec.mesh).detach()
 
     @staticmethod
@@ -235,8 +236,8 @@ class ReduceFromRegion(torch.autograd.Function):
 
 
 class OneShare(torch.autograd.Function):
-    """Identity forward. Backward divides a gradient that is the same on all ranks by their number, so that the ranks' shares
-    add up to it."""
+    """Identity forward. Backward divides a gradient that is the same on all ranks by their number, so that the ranks'
+    shares add up to it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, size: int) -> Tensor:
@@ -251,8 +252,8 @@ class OneShare(torch.autograd.Function):
 class OwnTerm(torch.autograd.Function):
     """A full tensor that is the same on every rank → the stream.
 
-    Backward puts the gradient of this rank's part into zeros of the full shape, which is this rank's partial gradient of the
-    full tensor. No collective.
+    Backward puts the gradient of this rank's part into zeros of the full shape, which is this rank's partial gradient
+    of the full tensor. No collective.
     """
 
     @staticmethod

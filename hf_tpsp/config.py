@@ -43,25 +43,26 @@ class TPSPConfig:
         sequence_parallel: Keep the residual stream sharded over the sequence between the blocks (Megatron SP). `False`
             is plain tensor parallelism: the same layout of the weights, with all-reduces in place of reduce-scatter +
             all-gather.
-        loss: How cross entropy on vocabulary shards is computed: `"chunked"`, together with the head, a chunk of tokens at a
-            time; or `"loss_parallel"`, torch's, on the logits of all tokens.
-        regather_inputs: Keep only the sequence shard of a block's input for backward and gather it once more there, instead
-            of keeping the whole input; and compute norms and activation functions again. This adds one all-gather per block.
-        activation_checkpointing: `"none"`; `"full"`: each decoder layer keeps only its input, and runs again in backward
-            (the Trainer's `gradient_checkpointing=True` does the same); or `"selective"`: a layer also keeps the results of
-            matrix products, attention and reduce-scatters, and runs the rest again. `regather_inputs` adds nothing to
-            `"full"` and `"selective"`.
+        loss: How cross entropy on vocabulary shards is computed: `"chunked"`, together with the head, a chunk of tokens
+            at a time; or `"loss_parallel"`, torch's, on the logits of all tokens.
+        regather_inputs: Keep only the sequence shard of a block's input for backward and gather it once more there,
+            instead of keeping the whole input; and compute norms and activation functions again. This adds one
+            all-gather per block.
+        activation_checkpointing: `"none"`; `"full"`: each decoder layer keeps only its input, and runs again in
+            backward (the Trainer's `gradient_checkpointing=True` does the same); or `"selective"`: a layer also keeps
+            the results of matrix products, attention and reduce-scatters, and runs the rest again. `regather_inputs`
+            adds nothing to `"full"` and `"selective"`.
         compile: Run each decoder layer through `torch.compile`: one graph, compiled once for layers that are alike. The
             compiler then decides what is kept for backward, instead of `regather_inputs`.
-        async_tp: With `compile`, let the compiler split the gathers and reduce-scatters and overlap them with the matrix
-            products (torch's "async TP", over symmetric memory). CUDA only; untested on a GPU.
+        async_tp: With `compile`, let the compiler split the gathers and reduce-scatters and overlap them with the
+            matrix products (torch's "async TP", over symmetric memory). CUDA only; untested on a GPU.
         mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction.
             `TrainingArguments(bf16=True)` does the same.
         reshard_after_forward: Free a layer's gathered weights after forward and gather them again in backward (ZeRO-3);
             `False` keeps them (ZeRO-2). The last layer's weights are always kept, because backward needs them first.
-        check: When to compare the ranks with each other, and one block of each kind with the whole block, on the model's own
-            input (`witness.py`): in the `"first"` training forward, in `"every"` one, in every n-th (`"every:n"`), or
-            `"off"`.
+        check: When to compare the ranks with each other, and one block of each kind with the whole block, on the
+            model's own input (`witness.py`): in the `"first"` training forward, in `"every"` one, in every n-th
+            (`"every:n"`), or `"off"`.
     """
 
     tp_size: int = 1
@@ -114,7 +115,8 @@ class TPSPConfig:
         """The config of the preset that `accelerate launch` was given, read from the environment that it exports.
 
         All fields but the sizes can also be set by `HF_TPSP_<FIELD>` (`HF_TPSP_COMPILE=true`), for scripts that are run
-        unmodified. `overrides` replace single fields. A process that was not launched as one of several gets all sizes 1.
+        unmodified. `overrides` replace single fields. A process that was not launched as one of several gets all sizes
+        1.
 
         Raises:
             ValueError: several ranks were launched without a `parallelism_config`, or with settings that hf_tpsp does
@@ -190,7 +192,8 @@ class TPSPConfig:
 
 
 def _choices_in_environment(cls: type) -> dict[str, object]:
-    """The fields that `HF_TPSP_<FIELD>` variables set. Raises `ValueError` for the mesh's sizes and for unknown names."""
+    """The fields that `HF_TPSP_<FIELD>` variables set. Raises `ValueError` for the mesh's sizes and for unknown
+    names."""
     choices = {f"HF_TPSP_{f.name.upper()}": f for f in fields(cls) if f.type != "int"}
     found: dict[str, object] = {}
     for variable in (name for name in os.environ if name.startswith("HF_TPSP_")):

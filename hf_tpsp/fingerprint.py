@@ -13,7 +13,8 @@ PIECE = 2**22
 
 
 MULTIPLIER = -7046029254386353131
-"""Multiplier of a multiplicative hash modulo 2**64 (Knuth, TAOCP 3, 6.4). It is odd, and far from small and round numbers."""
+"""Multiplier of a multiplicative hash modulo 2**64 (Knuth, TAOCP 3, 6.4). It is odd, and far from small and round
+numbers."""
 
 
 def fingerprint(x: Tensor) -> Tensor:
@@ -45,8 +46,8 @@ def _number(text: str) -> int:
 
 
 def leaves(given: Any, name: str = "") -> dict[str, Any]:
-    """The values inside nested dicts, lists and tuples, by name: `attention_mask.full_attention`, `images.0`. None is left
-    out."""
+    """The values inside nested dicts, lists and tuples, by name: `attention_mask.full_attention`, `images.0`. None is
+    left out."""
     if isinstance(given, dict):
         parts = ((f"{name}.{key}".lstrip("."), value) for key, value in given.items())
     elif isinstance(given, (list, tuple)):

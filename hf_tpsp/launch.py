@@ -13,7 +13,8 @@ from .config import TPSPConfig
 FOLDER = Path(__file__).parent / "presets"
 
 
-# Name of the file → (config, number of hosts, whether the ranks are on the CPU). TP stays inside a host, FSDP spans hosts.
+# Name of the file → (config, number of hosts, whether the ranks are on the CPU). TP stays inside a host, FSDP spans
+# hosts.
 SHIPPED: dict[str, tuple[TPSPConfig, int, bool]] = {
     "cpu_2x2": (TPSPConfig(dp_shard_size=2, tp_size=2), 1, True),
     "host8_2x4": (TPSPConfig(dp_shard_size=2, tp_size=4, mixed_precision="bf16"), 1, False),
@@ -82,8 +83,8 @@ def accelerate_config(config: TPSPConfig, hosts: int = 1, cpu: bool = False) -> 
 def environment(config: TPSPConfig) -> dict[str, str]:
     """The environment variables that tell accelerate of this mesh: the ones that launching with a preset would export.
 
-    accelerate deals out the batches and saves. It accepts no `dp_replicate` with a `dp_shard` of 1, so the two sizes are
-    swapped then: for what accelerate does, they are the same.
+    accelerate deals out the batches and saves. It accepts no `dp_replicate` with a `dp_shard` of 1, so the two sizes
+    are swapped then: for what accelerate does, they are the same.
     """
     replicate, shard = (config.dp_replicate_size, config.dp_shard_size)
     if shard == 1:

@@ -57,7 +57,8 @@ def set_environment(values: dict[str, str]) -> Callable[[], None]:
 
 
 class WhileUsed:
-    """A patch that stays in place as long as at least one sharded model lives, whether or not `enable()` was called or undone.
+    """A patch that stays in place as long as at least one sharded model lives, whether or not `enable()` was called or
+    undone.
 
     Args:
         install: puts the patch in place, and returns the function that undoes it. Called for the first user.

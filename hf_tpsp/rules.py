@@ -25,9 +25,9 @@ class Rule(NamedTuple):
         shard:d                               over its dimension d (negative: from the end)
         shard_packed:d,n                      over dimension d, which holds n parts one after the other; each part is cut by itself
         share                                 replicated; each rank uses its share of the value, and the shares add up to it
-    Layouts that are being tried have no sizes yet, and use two more names: `pair` (two equal projections) and `qkv:name`
-    (query, key and value, or any three projections of which the last two are equally wide; `name` is the layer that closes
-    the block, and the first projection is as wide as its input).
+    Layouts that are being tried have no sizes yet, and use two more names: `pair` (two equal projections) and
+    `qkv:name` (query, key and value, or any three projections of which the last two are equally wide; `name` is the
+    layer that closes the block, and the first projection is as wide as its input).
     """
 
     name: str
@@ -49,8 +49,8 @@ class Plan(dict[str, str]):
         sequence_parallel: whether the stream is sharded over the sequence.
         loss_parallel: whether the logits are sharded over the vocabulary.
         notes: what differs from the config or could not be proven, one sentence each.
-        tried: block name, with `*` for layer numbers → the trials of its layouts, in order. Blocks of several classes may
-            share one name.
+        tried: block name, with `*` for layer numbers → the trials of its layouts, in order. Blocks of several classes
+            may share one name.
     """
 
     def __init__(self, sequence_parallel: bool):

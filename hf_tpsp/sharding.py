@@ -44,7 +44,8 @@ logger = logging.get_logger(__name__)
 
 
 def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
-    """Shard a plain `model` over the mesh of `config`, in place. This holds all steps in their order. See `api.parallelize`."""
+    """Shard a plain `model` over the mesh of `config`, in place. This holds all steps in their order. See
+    `api.parallelize`."""
     mesh = build_mesh(config)
     if config.async_tp and mesh.device_type != "cuda":
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
@@ -102,7 +103,8 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
 
 def _same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
-    """Move all parameters and buffers to `device` with rank 0's values, as DDP does, so that all ranks cut the same model."""
+    """Move all parameters and buffers to `device` with rank 0's values, as DDP does, so that all ranks cut the same
+    model."""
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.to(device)
@@ -112,7 +114,8 @@ def _same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
 def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) -> None:
     """FSDP2 on each decoder layer and on the root, which holds the embedding, the last norm and the head.
 
-    A mesh with dp_shard_size=1 is wrapped too: a mesh dim of size 1 has no traffic, and one code path serves all meshes.
+    A mesh with dp_shard_size=1 is wrapped too: a mesh dim of size 1 has no traffic, and one code path serves all
+    meshes.
     """
     dp_mesh = mesh["dp_replicate", "dp_shard"] if config.dp_replicate_size > 1 else mesh["dp_shard"]
 

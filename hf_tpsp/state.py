@@ -1,4 +1,5 @@
-"""All state that is kept on a sharded model, and how the model is saved and loaded. The sharding itself is in `sharding.py`."""
+"""All state that is kept on a sharded model, and how the model is saved and loaded. The sharding itself is in
+`sharding.py`."""
 
 from __future__ import annotations
 
@@ -98,12 +99,14 @@ def full_state_dict(model: nn.Module, state_dict: dict | None = None) -> dict[st
 
 
 def saved_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict to save, as whole tensors on the CPU of rank 0: the model's, or the one that a wrapping library saves."""
+    """The state dict to save, as whole tensors on the CPU of rank 0: the model's, or the one that a wrapping library
+    saves."""
     return (record_of(model).saved or full_state_dict)(model)
 
 
 def cut_whole_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-    """A `load_state_dict` pre-hook: cuts whole tensors in `state_dict` in the way that `module`'s parameters are cut."""
+    """A `load_state_dict` pre-hook: cuts whole tensors in `state_dict` in the way that `module`'s parameters are
+    cut."""
     for name, parameter in module._parameters.items():
         value = state_dict.get(prefix + name)
         is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
@@ -122,7 +125,8 @@ def gather_for_save(
     *,
     save_on_this_rank: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Called in `save_pretrained` of a sharded model: gathers the tensors, unless the caller (the Trainer) has done so."""
+    """Called in `save_pretrained` of a sharded model: gathers the tensors, unless the caller (the Trainer) has done
+    so."""
     if any(isinstance(tensor, DTensor) for tensor in state_dict.values()):
         return full_state_dict(self, state_dict)
     return state_dict

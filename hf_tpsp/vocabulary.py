@@ -9,11 +9,13 @@ from .upstream.torch.fake import is_fake
 
 
 class OutOfVocabulary(ValueError, IndexError):
-    """A token or a label that the model has no row for. It is an `IndexError` too, which a model in one process raises."""
+    """A token or a label that the model has no row for. It is an `IndexError` too, which a model in one process
+    raises."""
 
 
 def stray(name: str, x: Tensor, size: int, ignored: int | None = None) -> list[str]:
-    """A list with one sentence on the first value of `x` that is not in `range(size)` (or `ignored`); empty if there is none."""
+    """A list with one sentence on the first value of `x` that is not in `range(size)` (or `ignored`); empty if there is
+    none."""
     outside = (x < 0) | (x >= size)
     if ignored is not None:
         outside &= x != ignored
@@ -28,9 +30,9 @@ def stray(name: str, x: Tensor, size: int, ignored: int | None = None) -> list[s
 def require_inside(name: str, x: Tensor, size: int, ignored: int | None = None) -> None:
     """Raise unless all values of `x` are in `range(size)`, or are `ignored`.
 
-    It covers calls without a batch check: generation, and a loss or an embedding that a script calls by itself. On the CPU it
-    raises `OutOfVocabulary`, which says what and where. On other devices it is an assertion on the device, as in one process,
-    and the host does not wait for it.
+    It covers calls without a batch check: generation, and a loss or an embedding that a script calls by itself. On the
+    CPU it raises `OutOfVocabulary`, which says what and where. On other devices it is an assertion on the device, as in
+    one process, and the host does not wait for it.
     """
     inside = (x >= 0) & (x < size)
     if ignored is not None:
