@@ -26,7 +26,8 @@ __all__ = [
     "vocab_parallel_cross_entropy",
 ]
 
-# Imported when first used: `hf-tpsp config` needs neither torch nor transformers, and a training script no planner.
+# Public name → the module it is in. Each is imported when first used, because `hf-tpsp config` needs neither torch nor
+# transformers, and a training script needs no planner.
 _HOMES = {
     "TPSPCallback": "integrations.callback",
     "TPSPConfig": "config",

@@ -30,7 +30,8 @@ def main() -> None:
     if as_module:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = str(Path(script).resolve().parent)  # what `python SCRIPT` would have put there
+        # `python SCRIPT` puts the script's folder there too.
+        sys.path[0] = str(Path(script).resolve().parent)
         runpy.run_path(script, run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""What a user calls: `enable` for a whole process, `parallelize` for one model."""
+"""The functions that a user calls: `enable` for a whole process, `parallelize` for one model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from .state import is_parallelized
 def enable(config: TPSPConfig | None = None) -> session.Enabled:
     """Train this process's causal LMs on the mesh: one line at the top of a script, before its TrainingArguments.
 
-    From here on `from_pretrained` shards causal LMs while it reads them, and every `Trainer` gets a `TPSPCallback`. In a
-    process that was not launched as one of several, nothing changes.
+    From then on, `from_pretrained` shards causal LMs while it reads them, and every `Trainer` gets a `TPSPCallback`. If
+    the mesh has a single rank, nothing changes.
 
     Args:
-        config: defaults to `TPSPConfig.from_accelerate()`, the mesh of the preset `accelerate launch` was given.
+        config: defaults to `TPSPConfig.from_accelerate()`: the mesh of the preset that `accelerate launch` was given.
 
     Returns:
         A handle that undoes everything: `with enable(): …`, or `handle.disable()`.
 
     Raises:
-        ValueError: the mesh does not have as many ranks as were started, or it was enabled with another config already.
+        ValueError: the mesh does not have as many ranks as were started, or hf_tpsp is already enabled with another
+            config.
     """
     config = config or TPSPConfig.from_accelerate()
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
@@ -53,13 +54,13 @@ def _add_callback(callback: TPSPCallback) -> Callable[[], None]:
 def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     """Shard `model` over the mesh of `config`, in place: tensor, sequence and loss parallel, then FSDP2.
 
-    Call it on every rank before the optimizer is made. A model in memory takes rank 0's weights on all ranks; a model on
-    meta stays there, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does). Adapters that peft
-    has put around the model are laid out with it.
+    Call it on every rank before the optimizer is made. A model in memory takes rank 0's weights on all ranks. A model
+    on meta stays on meta, ready for a loader that fills DTensors (this is what the `from_pretrained` hook does).
+    Adapters that peft has put around the model are laid out with it.
 
     Returns:
-        The same model. Its parameters are DTensors on `(dp_shard, tp)`, its logits `LazyLogits`, sharded
-        over the vocabulary until somebody reads them, its loss a plain scalar.
+        The same model. Its parameters are DTensors on `(dp_shard, tp)`. Its logits are `LazyLogits`, sharded over the
+        vocabulary until they are read, and its loss is a plain scalar.
 
     Raises:
         ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.

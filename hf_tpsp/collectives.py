@@ -1,9 +1,9 @@
-"""The collectives of the residual stream, and its ways between DTensor and plain tensor, as autograd functions.
+"""The collectives of the residual stream, and its conversions between DTensor and plain tensor, as autograd functions.
 
 They do what `DTensor.redistribute`, `to_local` and `from_local` do for a stream `[batch, seq, hidden]` that is
-`Shard(1)`, without their bookkeeping: at small sizes that is a third of a training step. `torch.compile` knows DTensor's
-own, and does its bookkeeping once. The collectives are in their functional form, whose results selective checkpointing
-can keep.
+`Shard(1)`, without DTensor's bookkeeping, which at small sizes is a third of a training step. Under `torch.compile`,
+DTensor's own functions are used, because the compiler knows them and does their bookkeeping once. The collectives are
+torch's functional ones, because selective checkpointing can keep their results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ops = c10d.functional
 
 @functools.lru_cache(maxsize=256)
 def stream_spec(mesh: DeviceMesh, shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
-    """The layout of a stream of global `shape` `[batch, seq, hidden]`."""
+    """The DTensor spec of a stream of global `shape` `[batch, seq, hidden]`."""
     return spec_of(mesh, (SEQUENCE,), shape, dtype)
 
 
@@ -47,27 +47,29 @@ def all_gather_sequence(shard: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
 
 
 def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Each rank's term `[batch, length, hidden]` of a sum → its part of the sum's sequence. One reduce-scatter."""
+    """A partial tensor `[batch, length, hidden]` → this rank's part, along the sequence, of the sum. One
+    reduce-scatter."""
     size, (batch, length) = mesh.size(), partial.shape[:2]
     width = -(-length // size)
     if length < size * width:
         partial = _pad(partial, size * width - length)
-    parts = partial.unflatten(1, (size, width)).transpose(0, 1).contiguous()  # no copy for a batch of 1
+    # For a batch of 1, `contiguous` makes no copy.
+    parts = partial.unflatten(1, (size, width)).transpose(0, 1).contiguous()
     summed = c10d.reduce_scatter(parts.flatten(0, 1), mesh.get_group()).view(batch, width, *partial.shape[2:])
     held = min(width, max(0, length - mesh.get_local_rank() * width))
     return summed if held == width else summed[:, :held].contiguous()
 
 
 def own_range(length: int, rank: int, size: int) -> tuple[int, int]:
-    """Start and length of the part that `rank` of `size` has when DTensor shards `length`: the last ranks' may be shorter, or
-    empty."""
+    """Start and length of the part that `rank` of `size` holds when DTensor shards `length`. The last ranks' parts may
+    be shorter, or empty."""
     width = shard_width(length, size)
     start = min(length, rank * width)
     return start, min(width, length - start)
 
 
 def chunk_of(full: Tensor, dim: int, rank: int, size: int) -> Tensor:
-    """The part of `full` that `rank` of `size` has when DTensor shards it on `dim`."""
+    """The part of `full` that `rank` of `size` holds when DTensor shards it on `dim`."""
     return full.narrow(dim, *own_range(full.shape[dim], rank, size))
 
 
@@ -77,18 +79,18 @@ def own_part(full: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def all_gather(x: Tensor, over: DeviceMesh | dist.ProcessGroup) -> Tensor:
-    """`[n, …]` → `[size * n, …]`, rank after rank of a one-dimensional mesh or of a group."""
+    """`[n, …]` → `[size * n, …]`, in the order of the ranks of a one-dimensional mesh or of a group."""
     group = over.get_group() if isinstance(over, DeviceMesh) else over
     return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
 
 
 def shard_width(length: int, size: int) -> int:
-    """Elements on each of `size` ranks but the last, which may have fewer: DTensor's way of sharding unevenly."""
+    """Elements on each of `size` ranks in DTensor's way of sharding unevenly; the last ranks may have fewer."""
     return -(-length // size)
 
 
 def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum of the ranks' `x`, in a new tensor, which a model may write into."""
+    """The sum of `x` over the ranks, in a new tensor, which a model may write into."""
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", mesh.get_group().group_name))
 
 
@@ -98,7 +100,7 @@ def _pad(x: Tensor, positions: int) -> Tensor:
 
 
 def gather_sequence(x: DTensor) -> Tensor:
-    """Stream → plain full tensor, of which each rank uses its own columns: its gradient is a term of a sum.
+    """Stream → plain full tensor, from which each rank computes its own columns, so its gradient is partial.
 
     Forward: all-gather. Backward: reduce-scatter.
     """
@@ -108,14 +110,14 @@ def gather_sequence(x: DTensor) -> Tensor:
 
 
 def scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Each rank's term of a sum → the sum, as a stream. Forward: reduce-scatter. Backward: all-gather."""
+    """A partial tensor → its sum over the ranks, as a stream. Forward: reduce-scatter. Backward: all-gather."""
     if torch.compiler.is_compiling():
         return DTensor.from_local(partial, mesh, [Partial()], run_check=False).redistribute(placements=[SEQUENCE])
     return _Scatter.apply(partial, mesh, reduce_scatter_sequence)
 
 
 def gather_whole(x: DTensor) -> Tensor:
-    """Stream → plain full tensor, of which every rank computes the same: its gradient is the same on all of them.
+    """Stream → plain full tensor, from which every rank computes the same, so its gradient is the same on all ranks.
 
     Forward: all-gather. Backward: none, each rank takes its own part.
     """
@@ -125,14 +127,15 @@ def gather_whole(x: DTensor) -> Tensor:
 
 
 def slice_sequence(full: Tensor, mesh: DeviceMesh) -> DTensor:
-    """What every rank has whole → the stream. Forward: none, each rank keeps its own part. Backward: all-gather."""
+    """A full tensor that is the same on every rank → the stream. Forward: none, each rank keeps its own part. Backward:
+    all-gather."""
     if torch.compiler.is_compiling():
         return DTensor.from_local(full, mesh, [Replicate()], run_check=False).redistribute(placements=[SEQUENCE])
     return _Scatter.apply(full, mesh, own_part)
 
 
 def to_local(x: DTensor) -> Tensor:
-    """DTensor → local tensor; the local gradient is laid out as the DTensor is. No collective."""
+    """DTensor → local tensor; the local gradient has the DTensor's placements. No collective."""
     if torch.compiler.is_compiling():
         return x.to_local(grad_placements=x.placements)
     return _ToLocal.apply(x)
@@ -148,12 +151,13 @@ def from_local(local: Tensor, like: DTensor) -> DTensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Stream → plain full tensor. `take` makes of a full gradient this rank's part of it."""
+    """Stream → plain full tensor. In backward, `take` turns the full gradient into this rank's part of the stream's."""
 
     @staticmethod
     def forward(ctx, x: DTensor, take: Callable[[Tensor, DeviceMesh], Tensor]) -> Tensor:
         ctx.spec, ctx.take = x._spec, take
-        # `detach`: an output that is a view, as that of a batch of 1 is, could not be written into by a block.
+        # For a batch of 1 the gathered tensor is a view, and a block could not write into an output that is a view. So
+        # it is detached.
         return all_gather_sequence(x._local_tensor, x.shape[1], x._spec.mesh).detach()
 
     @staticmethod
@@ -162,7 +166,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """Plain full tensor → stream, of which `take` makes this rank's part."""
+    """Plain full tensor → stream. `take` turns the full tensor into this rank's part of the stream."""
 
     @staticmethod
     def forward(ctx, full: Tensor, mesh: DeviceMesh, take: Callable[[Tensor, DeviceMesh], Tensor]) -> DTensor:
@@ -209,7 +213,8 @@ class CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
-        return x.detach()  # and not a view, into which a block could not write
+        # A block could not write into an output that is a view.
+        return x.detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -231,7 +236,8 @@ class ReduceFromRegion(torch.autograd.Function):
 
 
 class OneShare(torch.autograd.Function):
-    """Identity forward; backward, one rank's share of a gradient that all ranks have alike, so that they add up to it."""
+    """Identity forward. Backward divides a gradient that is the same on all ranks by their number, so that the ranks'
+    shares add up to it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, size: int) -> Tensor:
@@ -244,8 +250,11 @@ class OneShare(torch.autograd.Function):
 
 
 class OwnTerm(torch.autograd.Function):
-    """What every rank has whole → its own part of the sequence, as the stream. Backward: the part's gradient, and zeros beside it,
-    which is this rank's term of the whole gradient. No collective."""
+    """A full tensor that is the same on every rank → the stream.
+
+    Backward puts the gradient of this rank's part into zeros of the full shape, which is this rank's partial gradient
+    of the full tensor. No collective.
+    """
 
     @staticmethod
     def forward(ctx, full: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -262,7 +271,7 @@ class OwnTerm(torch.autograd.Function):
 
 
 def local_slice(full: Tensor, placement: Placement, rank: int, size: int) -> Tensor:
-    """What `distribute_tensor` would leave of `full` on `rank` of a mesh dim of `size`."""
+    """The local part of `full` that `distribute_tensor` would give `rank` of a mesh dim of `size`."""
     if isinstance(placement, Replicate):
         return full
     parts = full.chunk(placement.split_factor, placement.dim) if isinstance(placement, StridedShard) else [full]
@@ -272,7 +281,7 @@ def local_slice(full: Tensor, placement: Placement, rank: int, size: int) -> Ten
 def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The stream as the plain full tensor `[batch, seq, hidden]` of a region.
 
-    What is computed from it covers this rank's columns only, so its gradient is a term of a sum over the ranks.
+    This rank computes only its own columns from it, so its gradient is partial over the ranks.
     """
     if isinstance(x, DTensor):
         if x.placements == (SEQUENCE,):
@@ -282,12 +291,12 @@ def enter_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def sharded_features(local: Tensor, width: int, mesh: DeviceMesh) -> DTensor:
-    """This rank's of `width` output features, as the DTensor of all."""
+    """This rank's part of `width` output features → the DTensor of all of them."""
     shape = torch.Size((*local.shape[:-1], width))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(local.dim() - 1)], run_check=False, shape=shape, stride=stride)
 
 
 def own_features(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """`[..., features]` → this rank's share of the features."""
+    """`[..., features]` → this rank's part of the features."""
     return local_slice(x, Shard(x.dim() - 1), mesh.get_local_rank(), mesh.size())

@@ -34,32 +34,35 @@ def divisors(*numbers: int) -> list[int]:
 
 @dataclass(frozen=True)
 class TPSPConfig:
-    """Sizes of the `(dp_replicate, dp_shard, tp)` mesh, and the choices made on it.
+    """Sizes of the `(dp_replicate, dp_shard, tp)` mesh, and the choices for training on it.
 
     Args:
         tp_size: Ranks that share one copy of each layer, and one batch. Keep it inside a host.
         dp_shard_size: Ranks over which FSDP2 shards parameters, gradients and optimizer state. Each sees its own batch.
         dp_replicate_size: Copies of that sharded group (HSDP): gradients are all-reduced between them.
         sequence_parallel: Keep the residual stream sharded over the sequence between the blocks (Megatron SP). `False`
-            is plain tensor parallelism: the same weights' layout, all-reduces in place of reduce-scatter + all-gather.
-        loss: Cross entropy on vocabulary shards: `"chunked"`, together with the head and a chunk of tokens at a time, or
-            `"loss_parallel"`, torch's, on the logits of all tokens.
-        regather_inputs: Keep the sequence shard of a block's input for backward, and gather it there once more, in
-            place of the whole; and compute norms and activation functions again. One more all-gather for each block.
-        activation_checkpointing: `"none"`; `"full"`, each decoder layer keeps its input only, and runs again in backward
-            (the Trainer's `gradient_checkpointing=True` does the same); or `"selective"`, it also keeps the results of
-            matrix products, attention and reduce-scatters, and runs the rest again. `regather_inputs` adds nothing to
-            the latter two.
+            is plain tensor parallelism: the same layout of the weights, with all-reduces in place of reduce-scatter +
+            all-gather.
+        loss: How cross entropy on vocabulary shards is computed: `"chunked"`, together with the head, a chunk of tokens
+            at a time; or `"loss_parallel"`, torch's, on the logits of all tokens.
+        regather_inputs: Keep only the sequence shard of a block's input for backward and gather it once more there,
+            instead of keeping the whole input; and compute norms and activation functions again. This adds one
+            all-gather per block.
+        activation_checkpointing: `"none"`; `"full"`: each decoder layer keeps only its input, and runs again in
+            backward (the Trainer's `gradient_checkpointing=True` does the same); or `"selective"`: a layer also keeps
+            the results of matrix products, attention and reduce-scatters, and runs the rest again. `regather_inputs`
+            adds nothing to `"full"` and `"selective"`.
         compile: Run each decoder layer through `torch.compile`: one graph, compiled once for layers that are alike. The
-            compiler then decides what is kept for backward, in place of `regather_inputs`.
-        async_tp: With `compile`, let the compiler cut the gathers and reduce-scatters up and run them beside the matrix
-            products (torch's "async TP", over symmetric memory). CUDA only; untested on a GPU.
+            compiler then decides what is kept for backward, instead of `regather_inputs`.
+        async_tp: With `compile`, let the compiler split the gathers and reduce-scatters and overlap them with the
+            matrix products (torch's "async TP", over symmetric memory). CUDA only; untested on a GPU.
         mixed_precision: `"bf16"` computes in bf16 with fp32 master weights and fp32 gradient reduction.
             `TrainingArguments(bf16=True)` does the same.
         reshard_after_forward: Free a layer's gathered weights after forward and gather them again in backward (ZeRO-3);
-            `False` keeps them (ZeRO-2). The last layer is always kept: backward needs it first.
-        check: Compare the ranks with each other, and one block of each kind with the whole block, on the model's own input
-            (`witness.py`): in the `"first"` training forward, in `"every"` one, in every n-th (`"every:n"`), or `"off"`.
+            `False` keeps them (ZeRO-2). The last layer's weights are always kept, because backward needs them first.
+        check: When to compare the ranks with each other, and one block of each kind with the whole block, on the
+            model's own input (`witness.py`): in the `"first"` training forward, in `"every"` one, in every n-th
+            (`"every:n"`), or `"off"`.
     """
 
     tp_size: int = 1
@@ -109,11 +112,11 @@ class TPSPConfig:
 
     @classmethod
     def from_accelerate(cls, **overrides: Any) -> TPSPConfig:
-        """The config of the preset that `accelerate launch` was given, read from the environment it exports.
+        """The config of the preset that `accelerate launch` was given, read from the environment that it exports.
 
-        The choices that accelerate does not know are read from `HF_TPSP_<FIELD>` (`HF_TPSP_COMPILE=true`), for scripts that
-        are run unmodified. `overrides` replace single fields. A process that was not launched as one of several gets all
-        sizes 1.
+        All fields but the sizes can also be set by `HF_TPSP_<FIELD>` (`HF_TPSP_COMPILE=true`), for scripts that are run
+        unmodified. `overrides` replace single fields. A process that was not launched as one of several gets all sizes
+        1.
 
         Raises:
             ValueError: several ranks were launched without a `parallelism_config`, or with settings that hf_tpsp does
@@ -168,7 +171,7 @@ class TPSPConfig:
         """Raise `ValueError` if this architecture cannot be split `tp_size` ways, naming the sizes that work."""
         text = model_config.get_text_config(decoder=True)
         heads, kv_heads = (size_of(text, name) for name in ("num_attention_heads", "num_key_value_heads"))
-        # Fewer kv heads than ranks are shared by several, each of which has one.
+        # If there are fewer kv heads than ranks, each rank has one, and several ranks share it.
         if heads and (heads % self.tp_size or (kv_heads and kv_heads % self.tp_size and self.tp_size % kv_heads)):
             kv_heads = kv_heads or heads
             sizes = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
@@ -189,7 +192,8 @@ class TPSPConfig:
 
 
 def _choices_in_environment(cls: type) -> dict[str, object]:
-    """The fields that `HF_TPSP_<FIELD>` sets, sizes of the mesh excepted. Raises `ValueError` for others."""
+    """The fields that `HF_TPSP_<FIELD>` variables set. Raises `ValueError` for the mesh's sizes and for unknown
+    names."""
     choices = {f"HF_TPSP_{f.name.upper()}": f for f in fields(cls) if f.type != "int"}
     found: dict[str, object] = {}
     for variable in (name for name in os.environ if name.startswith("HF_TPSP_")):
@@ -203,7 +207,7 @@ def _choices_in_environment(cls: type) -> dict[str, object]:
 
 
 def check_launch_environment() -> None:
-    """Refuse what an accelerate config may ask for and hf_tpsp does not run. Raises `ValueError`."""
+    """Raise `ValueError` if the accelerate config asks for something that hf_tpsp does not run."""
     env = os.environ
     problems = []
     policy = env.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")

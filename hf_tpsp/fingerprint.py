@@ -1,4 +1,4 @@
-"""One number that stands for a tensor, or for anything else that ranks must hold alike."""
+"""One number that stands for a tensor, or for any other value that must be the same on all ranks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 PIECE = 2**22
-"""Elements that are hashed at a time: it takes 16 bytes for each."""
+"""Number of elements hashed at a time, which limits the memory: hashing takes 16 bytes for each element."""
 
 
 MULTIPLIER = -7046029254386353131
-"""Of a multiplicative hash modulo 2**64 (Knuth, TAOCP 3, 6.4): odd, and far from both small and round numbers."""
+"""Multiplier of a multiplicative hash modulo 2**64 (Knuth, TAOCP 3, 6.4). It is odd, and far from small and round
+numbers."""
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """One int64, on `x`'s device, that depends on every element of `x`, its place and the shape. No synchronization.
+    """One int64 on `x`'s device that depends on each element of `x`, its position, and the shape. No synchronization.
 
-    Of integers and booleans it takes the values, whatever their width; of all else, the bits.
+    Integers and booleans are hashed by value, whatever their width; all other dtypes are hashed by their bits.
     """
     flat = x.detach().contiguous().reshape(-1)
     if flat.is_complex():
@@ -36,7 +37,7 @@ def fingerprint(x: Tensor) -> Tensor:
 
 
 def fingerprint_of_text(text: str) -> int:
-    """The same of a text, on the host."""
+    """One int64 that depends on `text`, computed on the host."""
     return _number(text)
 
 
@@ -45,7 +46,8 @@ def _number(text: str) -> int:
 
 
 def leaves(given: Any, name: str = "") -> dict[str, Any]:
-    """What is inside nested dicts, lists and tuples, by name: `attention_mask.full_attention`, `images.0`. None is left out."""
+    """The values inside nested dicts, lists and tuples, by name: `attention_mask.full_attention`, `images.0`. None is
+    left out."""
     if isinstance(given, dict):
         parts = ((f"{name}.{key}".lstrip("."), value) for key, value in given.items())
     elif isinstance(given, (list, tuple)):

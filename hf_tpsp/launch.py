@@ -1,6 +1,6 @@
-"""The mesh as accelerate writes it: the environment that it reads, its config files, ranks on the CPU.
+"""The mesh in accelerate's terms: the environment variables that it reads, and its config files.
 
-`hf-tpsp config` prints such files; those in `presets/` are its output.
+`hf-tpsp config` prints such files; the files in `presets/` are its output.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from .config import TPSPConfig
 FOLDER = Path(__file__).parent / "presets"
 
 
-# Name of the file → (config, number of hosts, ranks on the CPU). TP stays inside a host, FSDP spans them.
+# Name of the file → (config, number of hosts, whether the ranks are on the CPU). TP stays inside a host, FSDP spans
+# hosts.
 SHIPPED: dict[str, tuple[TPSPConfig, int, bool]] = {
     "cpu_2x2": (TPSPConfig(dp_shard_size=2, tp_size=2), 1, True),
     "host8_2x4": (TPSPConfig(dp_shard_size=2, tp_size=4, mixed_precision="bf16"), 1, False),
@@ -27,16 +28,16 @@ SHIPPED: dict[str, tuple[TPSPConfig, int, bool]] = {
 
 
 def accelerate_config(config: TPSPConfig, hosts: int = 1, cpu: bool = False) -> dict:
-    """What `accelerate launch --config_file` wants to read, as a dict.
+    """The content of a file for `accelerate launch --config_file`, as a dict.
 
     Args:
         config: the mesh.
-        hosts: number of machines. Each runs `world_size / hosts` ranks; give `--machine_rank` and
-            `--main_process_ip` on the command line of each.
+        hosts: number of machines. Each machine runs `world_size / hosts` ranks; give `--machine_rank` and
+            `--main_process_ip` on each one's command line.
         cpu: run the ranks on the CPU (gloo).
 
     Raises:
-        ValueError: the hosts cannot share the ranks evenly, or a TP group would span two of them.
+        ValueError: the ranks cannot be divided evenly over the hosts, or a TP group would span two hosts.
     """
     per_host, rest = divmod(config.world_size, hosts)
     if rest:
@@ -61,7 +62,8 @@ def accelerate_config(config: TPSPConfig, hosts: int = 1, cpu: bool = False) -> 
             "fsdp_state_dict_type": "SHARDED_STATE_DICT",
         },
         "machine_rank": 0,
-        "main_process_port": 0 if hosts == 1 else 29500,  # 0: a free one, so that two runs on one machine do not meet
+        # Port 0 picks a free port, so that two runs on one machine do not collide.
+        "main_process_port": 0 if hosts == 1 else 29500,
         "main_training_function": "main",
         "mixed_precision": config.mixed_precision,
         "num_machines": hosts,
@@ -79,10 +81,10 @@ def accelerate_config(config: TPSPConfig, hosts: int = 1, cpu: bool = False) -> 
 
 
 def environment(config: TPSPConfig) -> dict[str, str]:
-    """The variables by which accelerate learns of this mesh: what a preset would have exported.
+    """The environment variables that tell accelerate of this mesh: the ones that launching with a preset would export.
 
-    accelerate deals the batches and saves; it takes no `dp_replicate` beside a `dp_shard` of 1, and to it the two are
-    the same.
+    accelerate deals out the batches and saves. It accepts no `dp_replicate` with a `dp_shard` of 1, so the two sizes
+    are swapped then: for what accelerate does, they are the same.
     """
     replicate, shard = (config.dp_replicate_size, config.dp_shard_size)
     if shard == 1:

@@ -1,4 +1,4 @@
-"""The tools for patches: put something in the place of something else, and give back what undoes it."""
+"""Tools for patches: each puts something in place, and returns the function that undoes it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _INHERITED = object()
 
 
 def swap(*patches: tuple[object, str, Callable]) -> Callable[[], None]:
-    """For each `(owner, name, make)`, put `make(original)` in the place of `owner.name`. Returns the function that puts
-    the originals back; what `owner` has of a base class it has of that again."""
+    """For each `(owner, name, make)`, replace `owner.name` by `make(original)`. Returns the function that undoes it.
+
+    An attribute that `owner` inherited from a base class is inherited again afterwards.
+    """
     originals = []
     for owner, name, make in patches:
         own = vars(owner).get(name, _INHERITED)
@@ -31,7 +33,7 @@ def swap(*patches: tuple[object, str, Callable]) -> Callable[[], None]:
 
 @contextmanager
 def swapped(*patches: tuple[object, str, Callable]) -> Iterator[None]:
-    """`swap`, while inside."""
+    """`swap` as a context manager: the originals are back after it."""
     restore = swap(*patches)
     try:
         yield
@@ -40,7 +42,7 @@ def swapped(*patches: tuple[object, str, Callable]) -> Iterator[None]:
 
 
 def set_environment(values: dict[str, str]) -> Callable[[], None]:
-    """Set environment variables. Returns the function that puts back what they were."""
+    """Set environment variables. Returns the function that restores their earlier values."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
 
@@ -55,17 +57,18 @@ def set_environment(values: dict[str, str]) -> Callable[[], None]:
 
 
 class WhileUsed:
-    """What a sharded model needs of a library for as long as it lives, whether `enable()` was called, or undone, or not.
+    """A patch that stays in place as long as at least one sharded model lives, whether or not `enable()` was called or
+    undone.
 
     Args:
-        install: puts it in place, and returns the function that undoes it. Called with the first user.
+        install: puts the patch in place, and returns the function that undoes it. Called for the first user.
     """
 
     def __init__(self, install: Callable[[], Callable[[], None]]):
         self._install, self._users = install, 0
 
     def keep_for(self, user: object) -> None:
-        """Have it in place until `user`, and all others that it is kept for, are gone."""
+        """Keep the patch in place until `user`, and all other users that it is kept for, are gone."""
         if not self._users:
             self._undo = self._install()
         self._users += 1

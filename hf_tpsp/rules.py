@@ -1,4 +1,4 @@
-"""The language of a plan: module names, wildcards, and the rules that stand beside them."""
+"""The language of a plan: module names, wildcards, and their rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Rule(NamedTuple):
-    """What stands beside a name in a plan: `name`, or `name:argument,argument`.
+    """The value of one entry in a plan: `name`, or `name:argument,argument`.
 
     For a module, the name is a style's (`styles.registry.STYLES`), and the arguments are those of its `__init__`:
         colwise, rowwise, replicated, …       a style without arguments
@@ -23,10 +23,11 @@ class Rule(NamedTuple):
         colwise_gathered:64,32@2,32@2         with `@h`, a projection of `h` heads, fewer than there are ranks
     For a parameter, which its module's style cuts:
         shard:d                               over its dimension d (negative: from the end)
-        shard_packed:d,n                      over dimension d, each of the n parts that lie one after the other in it by itself
-        share                                 whole; each rank uses its share of it, so that the shares add up
-    Without sizes, as a layout is tried: `pair` (two equal projections), `qkv:name` (query, key and value, or any
-    three of which the last two are equal; `name` closes the block, and the first is as wide as what it takes).
+        shard_packed:d,n                      over dimension d, which holds n parts one after the other; each part is cut by itself
+        share                                 replicated; each rank uses its share of the value, and the shares add up to it
+    Layouts that are being tried have no sizes yet, and use two more names: `pair` (two equal projections) and
+    `qkv:name` (query, key and value, or any three projections of which the last two are equally wide; `name` is the
+    layer that closes the block, and the first projection is as wide as its input).
     """
 
     name: str
@@ -45,11 +46,11 @@ class Plan(dict[str, str]):
     """Module (or parameter) name, with `*` for layer numbers → `Rule`, as text.
 
     Attributes:
-        sequence_parallel: whether the stream is sharded over the sequence. loss_parallel: whether the logits are, over the
-            vocabulary.
-        notes: what is not as asked for, a sentence each.
-        tried: block name, with `*` for layer numbers → the layouts that were tried of it, in order. Blocks of several classes may
-            go by one name.
+        sequence_parallel: whether the stream is sharded over the sequence.
+        loss_parallel: whether the logits are sharded over the vocabulary.
+        notes: what differs from the config or could not be proven, one sentence each.
+        tried: block name, with `*` for layer numbers → the trials of its layouts, in order. Blocks of several classes
+            may share one name.
     """
 
     def __init__(self, sequence_parallel: bool):
@@ -88,7 +89,7 @@ def check_complete(model: nn.Module, plan: dict[str, str]) -> None:
 
 
 def check_used(model: nn.Module, plan: dict[str, str]) -> None:
-    """Assert that every rule of the plan is one of a module or a parameter that the model has."""
+    """Assert that every name in the plan is a module or a parameter of the model."""
     named = (*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
     names = {name for name, _ in named}
     unused = plan.keys() - names - set(map(wildcard, names))

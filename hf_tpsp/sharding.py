@@ -44,7 +44,8 @@ logger = logging.get_logger(__name__)
 
 
 def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
-    """Shard a plain `model` over the mesh of `config`, in place: the steps in their order. See `api.parallelize`."""
+    """Shard a plain `model` over the mesh of `config`, in place. This holds all steps in their order. See
+    `api.parallelize`."""
     mesh = build_mesh(config)
     if config.async_tp and mesh.device_type != "cuda":
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
@@ -82,7 +83,7 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     dtensor.QUIET_REDISTRIBUTE.keep_for(model)
     dtensor.AVERAGE_WHOLE_PARAMETERS.keep_for(model)
     dtensor.average_on(mesh)
-    # Placed on the instance, so a model that is not ours is never touched.
+    # These are set on the instance, so that models that hf_tpsp did not shard are never changed.
     vars(model)["_tpsp"] = Parallelized(config, mesh, plan, tp)
     model._tp_plan = plan
     model.gather_sharded_state_dict_for_save = types.MethodType(gather_for_save, model)
@@ -102,7 +103,8 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
 
 def _same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
-    """Move every parameter and buffer to `device` with rank 0's values, as DDP does: slices of one model, not of many."""
+    """Move all parameters and buffers to `device` with rank 0's values, as DDP does, so that all ranks cut the same
+    model."""
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.to(device)
@@ -112,12 +114,13 @@ def _same_on_all_ranks(model: nn.Module, device: torch.device) -> None:
 def _apply_fsdp(model: PreTrainedModel, mesh: DeviceMesh, config: TPSPConfig) -> None:
     """FSDP2 on each decoder layer and on the root, which holds the embedding, the last norm and the head.
 
-    dp_shard_size=1 goes the same way: a mesh dim of size 1 has no traffic, and one path serves all meshes.
+    A mesh with dp_shard_size=1 is wrapped too: a mesh dim of size 1 has no traffic, and one code path serves all
+    meshes.
     """
     dp_mesh = mesh["dp_replicate", "dp_shard"] if config.dp_replicate_size > 1 else mesh["dp_shard"]
 
     def placement(param: nn.Parameter) -> Shard | None:
-        # A packed weight may be strided over TP on its first dimension; FSDP takes the other one then.
+        # If a packed weight has strided sharding over TP on its first dimension, FSDP shards the other one.
         placements = cast(DTensor, param).placements
         return Shard(1) if any(isinstance(p, dtensor.StridedShard) and p.dim == 0 for p in placements) else None
 
@@ -145,7 +148,7 @@ def _compile(model: PreTrainedModel, tp_mesh: DeviceMesh, config: TPSPConfig) ->
 
 
 def set_mixed_precision(model: nn.Module) -> None:
-    """Have a sharded model compute in what accelerate's mixed precision is, and train in fp32."""
+    """Make a sharded model compute in the dtype of accelerate's mixed precision, with fp32 master weights."""
     bf16 = AcceleratorState().mixed_precision == "bf16"
     if bf16:
         keep_fp32_masters(model)
@@ -153,8 +156,10 @@ def set_mixed_precision(model: nn.Module) -> None:
 
 
 def keep_fp32_masters(model: nn.Module) -> None:
-    """Cast what is trained to fp32: accelerate would cast only the outer dtype of a DTensor. Under adapters, the frozen
-    base stays as it is."""
+    """Cast trained parameters to fp32, because accelerate would cast only the outer dtype of a DTensor.
+
+    With adapters, the frozen base keeps its dtype.
+    """
     record_of(model).tp.gradients.adapters_to(torch.float32)
     if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
         logger.info(

@@ -1,12 +1,12 @@
-"""How configs and modules spell sizes: one table, for all who read them."""
+"""The names that configs and modules have for sizes, in one table for all readers."""
 
 from __future__ import annotations
 
-# By the attention's modules and their configs, in the order in which a module is asked.
+# Names in attention modules and their configs, in the order in which a module is searched for them.
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 WIDTHS = ("hidden_size", "embed_dim", "split_size", "d_model", "inner_dim", "all_head_size", "n_embd")
-# Further ones by which configs go, and which no block splits: a small copy (`plan/shrink.py`) has fewer of them.
+# Further names in configs. No block is split by them, but a small copy has smaller values there (`plan/shrink.py`).
 OTHER_HEADS = ("attention_heads", "decoder_attention_heads", "num_decoder_attention_heads", "linear_num_heads",
                "swa_num_attention_heads", "index_n_heads", "n_mamba_heads")  # fmt: skip
 OTHER_KV_HEADS = ("swa_num_key_value_heads", "num_query_groups")
@@ -17,9 +17,10 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_lay
 
 
 def size_of(owner: object, name: str) -> int | None:
-    """A size that a config or a module names; None if it has none of this name, or not one for all layers."""
+    """The size `name` of a config or a module; None if it has no such size, or not one size for all layers."""
     try:
         size = getattr(owner, name, None)
-    except Exception:  # transformers raises for sizes that differ from layer to layer
+    except Exception:
+        # transformers raises for sizes that differ from layer to layer.
         return None
     return size if isinstance(size, int) and not isinstance(size, bool) else None

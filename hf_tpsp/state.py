@@ -1,4 +1,5 @@
-"""All that is kept on a model that was sharded, and how it is saved and loaded. What shards it is in `sharding.py`."""
+"""All state that is kept on a sharded model, and how the model is saved and loaded. The sharding itself is in
+`sharding.py`."""
 
 from __future__ import annotations
 
@@ -22,22 +23,27 @@ from .upstream.torch import c10d
 if TYPE_CHECKING:
     from .styles.base import Style, TensorParallel
 
-MESH_DIMS = ("dp_replicate", "dp_shard", "tp")  # accelerate's names, by which it deals one batch to each TP group
+# These are accelerate's names. By them it deals one batch to each TP group.
+MESH_DIMS = ("dp_replicate", "dp_shard", "tp")
 
 
-# One mesh per process group and shape: each mesh makes groups of its own.
+# There is one mesh per process group and shape, because each new mesh makes new process groups.
 _meshes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Parallelized:
-    """What was done to a model. Kept on it as `model._tpsp`."""
+    """The record of how a model was sharded. It is kept on the model as `model._tpsp`.
+
+    Attributes:
+        saved: returns the state dict to save, if that is not the whole model; else None.
+    """
 
     config: TPSPConfig
     mesh: DeviceMesh
     plan: dict[str, str]
     tp: TensorParallel
-    saved: Callable[[nn.Module], dict[str, torch.Tensor]] | None = None  # what is saved of it, if not all
+    saved: Callable[[nn.Module], dict[str, torch.Tensor]] | None = None
 
 
 def is_parallelized(model: nn.Module) -> bool:
@@ -46,24 +52,25 @@ def is_parallelized(model: nn.Module) -> bool:
 
 
 def parallelized_model(model: nn.Module) -> nn.Module:
-    """The model that `parallelize` was given, inside whatever wraps it."""
+    """The sharded model inside `model`, which may be a wrapper such as peft's."""
     return next(module for module in model.modules() if "_tpsp" in vars(module))
 
 
 def record_of(model: nn.Module) -> Parallelized:
-    """What was done to the model inside `model`."""
+    """The `Parallelized` record of the sharded model inside `model`."""
     return vars(parallelized_model(model))["_tpsp"]
 
 
 def build_mesh(config: TPSPConfig) -> DeviceMesh:
-    """The `(dp_replicate, dp_shard, tp)` mesh over all ranks, starting the process group if nothing has yet.
+    """The `(dp_replicate, dp_shard, tp)` mesh over all ranks. Starts the process group if it is not initialized yet.
 
     Raises:
-        ValueError: the number of ranks is not the mesh's.
+        ValueError: the mesh does not have as many ranks as were started.
     """
     config.check_world(dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")))
     state = PartialState(cpu=environment_flag("ACCELERATE_USE_CPU"))
-    if not dist.is_initialized():  # one process, not launched as one of several
+    # This is a single process, which was not launched as one of several.
+    if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sizes = (config.dp_replicate_size, config.dp_shard_size, config.tp_size)
     meshes = _meshes.setdefault(cast(dist.ProcessGroup, dist.group.WORLD), {})
@@ -74,9 +81,9 @@ def build_mesh(config: TPSPConfig) -> DeviceMesh:
 
 
 def full_state_dict(model: nn.Module, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-    """The whole tensors of a sharded model, on the CPU of rank 0; empty elsewhere. Every rank must call it.
+    """The whole tensors of a sharded model, on the CPU of rank 0; empty on other ranks. Every rank must call it.
 
-    One parameter is gathered at a time, so no rank but the first ever holds more than one of them.
+    One parameter is gathered at a time, so only rank 0 ever holds more than one whole parameter.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -87,17 +94,19 @@ def full_state_dict(model: nn.Module, state_dict: dict | None = None) -> dict[st
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if dist.get_rank() == 0:
             full[name] = value.detach().cpu()
-    # Tied weights stay one tensor, which is how save_pretrained knows to write them once.
+    # Tied weights stay one tensor, so that save_pretrained writes them once.
     return {name: full[tied.get(name, name)] for name in state_dict if tied.get(name, name) in full}
 
 
 def saved_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a folder of `model` holds, as whole tensors on the CPU of rank 0: the model, or what a library that wraps it saves."""
+    """The state dict to save, as whole tensors on the CPU of rank 0: the model's, or the one that a wrapping library
+    saves."""
     return (record_of(model).saved or full_state_dict)(model)
 
 
 def cut_whole_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-    """Cut whole tensors that are loaded into `module` as its parameters are. A hook of `load_state_dict`."""
+    """A `load_state_dict` pre-hook: cuts whole tensors in `state_dict` in the way that `module`'s parameters are
+    cut."""
     for name, parameter in module._parameters.items():
         value = state_dict.get(prefix + name)
         is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
@@ -116,7 +125,8 @@ def gather_for_save(
     *,
     save_on_this_rank: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """`save_pretrained` of a sharded model: gather, unless the caller (the Trainer) has done so."""
+    """Called in `save_pretrained` of a sharded model: gathers the tensors, unless the caller (the Trainer) has done
+    so."""
     if any(isinstance(tensor, DTensor) for tensor in state_dict.values()):
         return full_state_dict(self, state_dict)
     return state_dict
@@ -130,5 +140,5 @@ def refuse_resize(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def style_of(module: nn.Module) -> Style | None:
-    """The layout of a module that is sharded."""
+    """The style of `module`, or None if it has none."""
     return vars(module).get("_tpsp_style")

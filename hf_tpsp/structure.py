@@ -1,4 +1,4 @@
-"""What a model is made of: its layers, norms and linear layers, and how configs and modules spell sizes."""
+"""What a model is made of: its layers, norms, linear layers and embeddings, and the sizes of its blocks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether it is a convolution along the sequence that makes each channel of that channel alone."""
+    """Whether the module is a convolution along the sequence that computes each channel from that channel alone."""
     return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """`(in, out)` of a linear layer."""
-    layer: Any = module  # torch's stubs take its sizes for tensors
+    # torch's stubs type the sizes as tensors.
+    layer: Any = module
     return (layer.nx, layer.nf) if is_transposed(module) else (layer.in_features, layer.out_features)
 
 
@@ -43,7 +44,7 @@ def has_parameters(module: nn.Module) -> bool:
 
 
 def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Name → module list, of the decoder layers. One, but for models that run several stacks.
+    """Name → module list of the decoder layers. There is one list, except in models with several stacks of layers.
 
     Raises:
         ValueError: the model has no list of layers.
@@ -73,19 +74,19 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def owners_of_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules whose forward calls the layers, or calls one that does: `model` and, mostly, `model.model`."""
+    """The modules that contain the layers, so that their forward calls them: `model` and usually `model.model`."""
     parts = [stem.split(".")[:-1] for stem in layer_lists(model)]
     names = sorted({".".join(p[:i]) for p in parts for i in range(len(p) + 1)}, key=len)
     return [model.get_submodule(name) for name in names]
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
-    """Whether a lookup is a sum over the ranks of lookups in a part of the vocabulary."""
+    """Whether the module's lookup is the sum of the ranks' lookups in their parts of the vocabulary."""
     return isinstance(module, nn.Embedding) and own_parameters(module) == ["weight"] and not any(module.children())
 
 
 def own(block: nn.Module, names: tuple[str, ...]) -> int | None:
-    """The first of the attributes `names` that the block, or its config, has."""
+    """The value of the first of `names` that is a size of the block, or else of its config; None if none is."""
     owners = [block, getattr(block, "config", None)]
     return next((size for owner in owners if owner is not None for n in names if (size := size_of(owner, n))), None)
 

@@ -1,4 +1,4 @@
-"""Tokens and labels outside of the vocabulary: one error, wherever they are found."""
+"""Tokens and labels outside the vocabulary, which raise the same error wherever they are found."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from .upstream.torch.fake import is_fake
 
 
 class OutOfVocabulary(ValueError, IndexError):
-    """A token or a label that the model has no row for. One process raises an `IndexError`."""
+    """A token or a label that the model has no row for. It is an `IndexError` too, which a model in one process
+    raises."""
 
 
 def stray(name: str, x: Tensor, size: int, ignored: int | None = None) -> list[str]:
-    """The first of `x` that is not in `range(size)`, in words; empty if there is none."""
+    """A list with one sentence on the first value of `x` that is not in `range(size)` (or `ignored`); empty if there is
+    none."""
     outside = (x < 0) | (x >= size)
     if ignored is not None:
         outside &= x != ignored
@@ -26,9 +28,12 @@ def stray(name: str, x: Tensor, size: int, ignored: int | None = None) -> list[s
 
 
 def require_inside(name: str, x: Tensor, size: int, ignored: int | None = None) -> None:
-    """Raise unless all of `x` are in `range(size)`, or are `ignored`; where no batch was compared before (a loss or an
-    embedding that a script calls by itself, generation). On the CPU `OutOfVocabulary`, which says what and where; on another
-    device an assertion on the device, as one process has there, and no wait for it."""
+    """Raise unless all values of `x` are in `range(size)`, or are `ignored`.
+
+    It covers calls without a batch check: generation, and a loss or an embedding that a script calls by itself. On the
+    CPU it raises `OutOfVocabulary`, which says what and where. On other devices it is an assertion on the device, as in
+    one process, and the host does not wait for it.
+    """
     inside = (x >= 0) & (x < size)
     if ignored is not None:
         inside |= x == ignored

@@ -1,8 +1,9 @@
-"""Head and vocab-parallel cross entropy together, a chunk of tokens at a time: no `[tokens, vocab / tp]` tensor exists.
+"""Head and vocab-parallel cross entropy together, a chunk of tokens at a time, so no `[tokens, vocab / tp]` tensor
+exists.
 
 Each rank multiplies a chunk of the hidden states by its rows of the head and reduces the logits to a few numbers per
-token; one all-gather of those numbers makes the loss, in the same order and so bitwise the same on every rank; and the
-gradients of the logits are formed in place while the chunk is there:
+token. One all-gather of those numbers gives the loss; every rank sums them in the same order, so the loss is bitwise
+the same on all. The gradients of the logits are formed in place while the chunk is in memory:
 
     lse_r = log Σ_{v of rank r} exp x_v      lse = log Σ_r exp lse_r      nll = lse - x_label
     d nll / d x_v = exp(x_v - lse) - [v = label]
@@ -26,19 +27,20 @@ from torch.distributed.tensor.placement_types import Placement
 from ..collectives import SEQUENCE, all_gather, all_gather_sequence, reduce_scatter_sequence
 
 CHUNK_BYTES = 64 * 2**20
-"""Size of a chunk's fp32 logits on one rank. Large enough for matrix products to be efficient (2,048 tokens of a
-128,256-word vocabulary over 16 ranks, 1,024 over 8), small beside the model."""
+"""Bytes of a chunk's fp32 logits on one rank. This is large enough for efficient matrix products (2,048 tokens of a
+128,256-word vocabulary over 16 ranks, 1,024 over 8), and small compared with the model."""
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What one pass over the vocabulary says of each token; tensors `[tokens]`, the same on all TP ranks.
+    """Statistics of each token from one pass over the vocabulary: tensors `[tokens]`, the same on all TP ranks.
 
     Args:
-        nll: cross entropy of the label, 0 where it is ignored.
-        entropy: of the predicted distribution, in nats; None unless asked for.
-        is_top1: whether the label is the arg-max of the logits (the first, if several are equal); None unless asked for.
-        mean_logit: over the vocabulary; None unless asked for.
+        nll: cross entropy of the label, 0 where the label is ignored.
+        entropy: entropy of the predicted distribution, in nats; None unless asked for.
+        is_top1: whether the label is the arg-max of the logits (the first, if several are equal); None unless asked
+            for.
+        mean_logit: mean of the logits over the vocabulary; None unless asked for.
     """
 
     nll: Tensor
@@ -49,14 +51,15 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class ChunkedHead:
-    """This rank's part of the head, and the cross entropy on it. Holds no tensors of a step.
+    """The cross entropy on this rank's rows of the head. It holds no tensors of a step.
 
     Args:
         mesh: the one-dimensional TP mesh.
-        placements: of the hidden states on it, sharded over the sequence or replicated.
-        shape: of the whole hidden states, `[..., hidden]`.
-        vocab_size: rows of the whole head.
-        pointwise: functions between head and loss (scale, softcap), of a chunk's logits and the number of their first column.
+        placements: placements of the hidden states on the mesh: sharded over the sequence, or replicated.
+        shape: shape of the whole hidden states, `[..., hidden]`.
+        vocab_size: number of rows of the whole head.
+        pointwise: functions between head and loss (scale, softcap). Each takes a chunk's logits and the number of their
+            first column.
         statistics: whether entropy, top-1 and mean logit are asked for.
     """
 
@@ -75,17 +78,17 @@ class ChunkedHead:
 
     @property
     def rows_per_rank(self) -> int:
-        """Of all ranks but the last, which may have fewer: DTensor's way of sharding unevenly."""
+        """Rows on each rank, in DTensor's way of sharding unevenly: the last ranks may have fewer."""
         return -(-self.vocab_size // self.mesh.size())
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """Local hidden states → all of them, `[tokens, hidden]`."""
+        """Local hidden states → the hidden states of all tokens, `[tokens, hidden]`."""
         if self.placements == (SEQUENCE,):
             hidden = all_gather_sequence(hidden, self.shape[1], self.mesh)
         return hidden.reshape(-1, self.shape[-1])
 
     def scatter(self, partial: Tensor) -> Tensor:
-        """One rank's term of a sum `[tokens, hidden]` → the sum, in the hidden states' own layout."""
+        """A partial tensor `[tokens, hidden]` → its sum over the ranks, in the layout of the hidden states."""
         partial = partial.view(self.shape)
         if self.placements == (SEQUENCE,):
             return reduce_scatter_sequence(partial, self.mesh)
@@ -93,15 +96,18 @@ class ChunkedHead:
         return partial
 
     def chunks(self, hidden: Tensor) -> Iterator[slice]:
-        """Slices of the tokens of `hidden` `[tokens, hidden]`, alike on every rank; the last may be shorter."""
+        """Slices of the tokens of `hidden` `[tokens, hidden]`, the same on every rank; the last may be shorter."""
         size = max(1, CHUNK_BYTES // (self.rows_per_rank * torch.promote_types(hidden.dtype, torch.float32).itemsize))
-        size = size // 16 * 16 or size  # whole tiles for the matrix units
+        # Matrix units work on whole tiles, so the size is a multiple of 16 if it can be.
+        size = size // 16 * 16 or size
         return (slice(i, i + size) for i in range(0, hidden.shape[0], size))
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: bool):
-        """`(raw, shaped, x)`: the product, after `pointwise`, and its copy to be overwritten in fp32 at least.
+        """Return `(raw, shaped, x)`.
 
-        `raw` and `shaped` are None where nothing lies between them, and the copy is not made where it need not be.
+        `raw` is the product of `hidden` and the head, and `shaped` is `raw` after `pointwise`; both are None if there
+        is no `pointwise`. `x` holds the resulting logits in fp32 or wider, and may be overwritten; it is a copy only if
+        it must be.
         """
         raw = F.linear(hidden, weight, bias)
         dtype = torch.promote_types(raw.dtype, torch.float32)
@@ -114,7 +120,8 @@ class ChunkedHead:
         return raw, shaped, shaped.detach().to(dtype, copy=True)
 
     def owned(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """For each label, whether it is a row of this rank's, `[tokens]`, and which, `[tokens, 1]` (0 if it is not)."""
+        """For each label, whether this rank has its row, `[tokens]`, and the local index of that row, `[tokens, 1]`
+        (else 0)."""
         local = labels - self.first_row
         owned = (local >= 0) & (local < rows) & (labels != self.ignore_index)
         return owned, local.masked_fill(~owned, 0).unsqueeze(1)
@@ -127,21 +134,24 @@ class ChunkedHead:
         size, valid = self.mesh.size(), labels != self.ignore_index
         owned, local = self.owned(labels, x.shape[1])
         largest = x.amax(1)
-        is_empty = largest == -torch.inf  # all of this rank's words are masked
+        # All of this rank's words are masked for these tokens.
+        is_empty = largest == -torch.inf
         maximum = largest.masked_fill(is_empty, 0)
         label_logit = x.gather(1, local).squeeze(1).masked_fill(~owned, 0)
         terms = [maximum, label_logit]
         if self.smoothing or self.statistics:
             terms.append(x.sum(1))
         if self.statistics:
-            # Is the label the arg-max? Its owner says so with -inf, or +inf if even here another logit comes first;
-            # the others hold their largest logit against it.
+            # To find whether the label is the arg-max, each rank sends a rival of the label's logit. The rank that owns
+            # the label sends -inf if the label is the arg-max of its rows, and +inf if not; other ranks send their
+            # largest logit.
             here = torch.where(x.argmax(1) == local.squeeze(1), -torch.inf, torch.inf)
             terms.append(torch.where(owned, here, largest))
         exponentials = x.sub_(maximum.unsqueeze(1)).exp_()
         total = exponentials.sum(1)
         terms[0] = total.log() + maximum
-        if self.statistics:  # Σ p x of this rank's own distribution; entr(e) = -e log e, and 0 at 0
+        if self.statistics:
+            # The entry is Σ p x over the softmax of this rank's own logits. entr(e) = -e log e, and 0 at 0.
             entropies = torch.special.entr(exponentials).sum(1) / total
             terms.append((maximum - entropies).masked_fill(is_empty, 0))
 
@@ -151,7 +161,8 @@ class ChunkedHead:
         lse, label_logit = lse_of.logsumexp(0), gathered[:, 1].sum(0)
         nll = lse - label_logit
         mean_logit = gathered[:, 2].sum(0) / self.vocab_size if self.smoothing or self.statistics else None
-        if self.smoothing:  # (1 - e) nll - e mean_v log p_v
+        if self.smoothing:
+            # With smoothing e the loss is (1 - e) nll - e mean_v log p_v.
             nll = nll + self.smoothing * (label_logit - mean_logit)
         nll = nll * valid
         entropy = is_top1 = None
@@ -164,8 +175,9 @@ class ChunkedHead:
         return torch.where(is_empty, lse, maximum), lse, TokenStatistics(nll, entropy, is_top1, mean_logit)
 
     def gradient_(self, x: Tensor, scale: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
-        """Gradient of `Σ upstream * nll`, in the place of `x`, where `scale * x` are the probabilities."""
-        # Not a product: a step without a label divides by 0, and one process has gradients of exactly 0 then.
+        """Overwrite `x` with the gradient of `Σ upstream * nll`, given that `scale * x` are the probabilities."""
+        # A product would not do: `upstream` is infinite in a step without a label (it divides by 0), where one process
+        # has gradients of exactly 0.
         upstream = torch.where(labels != self.ignore_index, upstream, 0)
         owned, local = self.owned(labels, x.shape[1])
         x.mul_((scale * upstream).unsqueeze(1))
@@ -175,9 +187,13 @@ class ChunkedHead:
 
 
 class _Gradients:
-    """Gradients of the hidden states, the head's weight and its bias, collected over the chunks in fp32 at least."""
+    """Gradients of the hidden states, the head's weight and its bias, collected over the chunks in fp32 or wider.
 
-    BLOCK = 4096  # rows of a low-precision product on their way into the fp32 sum
+    Attributes:
+        BLOCK: rows of a low-precision product that are added to the fp32 sum at a time.
+    """
+
+    BLOCK = 4096
 
     def __init__(self, full: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]):
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -188,8 +204,10 @@ class _Gradients:
     def add(
         self, chunk: slice, grad: Tensor, raw: Tensor | None, shaped: Tensor | None, hidden: Tensor, weight: Tensor
     ) -> None:
-        """Take in `grad` `[chunk, rows]` of the logits, first taking it back through what lies between `raw` and
-        `shaped` (`ChunkedHead.logits`)."""
+        """Add the contribution of a chunk whose logits have the gradient `grad` `[chunk, rows]`.
+
+        `grad` is first propagated back from `shaped` to `raw` (`ChunkedHead.logits`).
+        """
         if shaped is not None:
             (grad,) = torch.autograd.grad(shaped, raw, grad.to(shaped.dtype))
         grad = grad.to(weight.dtype)
@@ -209,8 +227,10 @@ class _Gradients:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """`Σ nll / divisor`, a scalar. The gradients are formed in forward, one product for each of the three matrices, and
-    only scaled in backward."""
+    """`Σ nll / divisor`, a scalar. The gradients are formed in forward, and only scaled in backward.
+
+    Logits, hidden gradient and weight gradient take one matrix product each.
+    """
 
     @staticmethod
     def forward(
@@ -228,7 +248,8 @@ class _SummedLoss(torch.autograd.Function):
             if grads is not None:
                 grad = head.gradient_(x, (maximum - lse).exp(), labels[chunk], 1 / divisor.to(x.dtype))
                 grads.add(chunk, grad, raw, shaped, full[chunk], weight)
-            raw = shaped = x = grad = None  # before the next chunk is made
+            # Free this chunk before the next one is made.
+            raw = shaped = x = grad = None
         if grads is not None:
             ctx.grads, ctx.any_label = grads, (labels != head.ignore_index).any()
             if grads.hidden is not None:
@@ -246,13 +267,16 @@ class _SummedLoss(torch.autograd.Function):
         hidden, weight, bias = (
             None if grad is None else grad.mul_(upstream) for grad in (grads.hidden, grads.weight, grads.bias)
         )
-        # Autograd casts to the dtypes of the inputs.
+        # Autograd casts the gradients to the dtypes of the inputs.
         return hidden, weight, bias, None, None, None
 
 
 class _PerTokenLoss(torch.autograd.Function):
-    """`(nll, entropy, is_top1, mean_logit)` of each token. Its backward multiplies by the head once more, because each token's
-    gradient may be scaled by another number; it has no collective but those of the hidden states."""
+    """`(nll, entropy, is_top1, mean_logit)` of each token.
+
+    Backward multiplies by the head once more, because the upstream gradient may differ from token to token. Its only
+    collectives are those of the hidden states.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: ChunkedHead, labels: Tensor):
@@ -263,7 +287,8 @@ class _PerTokenLoss(torch.autograd.Function):
             _, lse, statistics = head.reduce(x, labels[chunk])
             parts.append(statistics)
             lses.append(lse)
-            x = None  # before the next chunk is made
+            # Free this chunk before the next one is made.
+            x = None
         ctx.head = head
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(lses))
         nll = torch.cat([p.nll for p in parts])
@@ -284,7 +309,8 @@ class _PerTokenLoss(torch.autograd.Function):
             x.sub_(lse[chunk].unsqueeze(1)).exp_()
             grad = head.gradient_(x, torch.ones_like(lse[chunk]), labels[chunk], upstream[chunk])
             grads.add(chunk, grad, raw, shaped, full[chunk], weight)
-            raw = shaped = x = grad = None  # before the next chunk is made
+            # Free this chunk before the next one is made.
+            raw = shaped = x = grad = None
         return None if grads.hidden is None else head.scatter(grads.hidden), grads.weight, grads.bias, None, None
 
 

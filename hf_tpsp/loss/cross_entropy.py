@@ -1,8 +1,9 @@
 """Cross entropy on vocabulary shards, and a model's own loss on them.
 
-Logits `[batch, seq, vocab]` are sharded over the vocabulary, and stay so: only per-token numbers travel. They are
-`LazyLogits`, from which the loss and the head are computed together in chunks of tokens (`loss="chunked"`), or made for
-all tokens, for torch's `loss_parallel` (`loss="loss_parallel"`, and logits that something was written into); or DTensors.
+Logits `[batch, seq, vocab]` are sharded over the vocabulary and stay sharded: only per-token numbers are communicated.
+They come as `LazyLogits` or as DTensors. With `loss="chunked"`, the head of `LazyLogits` and the loss are computed
+together, a chunk of tokens at a time. Otherwise the logits of all tokens go through torch's `loss_parallel`: with
+`loss="loss_parallel"`, for logits that something was written into, and for DTensors.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ IGNORE_INDEX = -100
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Per-token cross entropy `[tokens]` of local logits `[tokens, vocab / tp]`, by torch's `loss_parallel`.
 
-    torch wants backward inside its context too. So the gradient for an upstream gradient of 1 is computed in forward,
-    while the context is open, and saved (`[tokens, vocab / tp]`, in the logits' dtype) in place of the fp32
-    log-probabilities; backward multiplies it by whatever upstream gradient comes, which is exact, because tokens do not
-    mix. Three all-reduces of `[tokens]` in forward, none in backward.
+    torch needs its context to be open in backward too. So the gradient for an upstream gradient of 1 is computed in
+    forward, while the context is open, and saved (`[tokens, vocab / tp]`, in the logits' dtype) in place of the fp32
+    log-probabilities. Backward multiplies it by the upstream gradient, which is exact, because tokens do not mix. Three
+    all-reduces of `[tokens]` in forward, none in backward.
     """
 
     @staticmethod
@@ -62,7 +63,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             logits = DTensor.from_local(
                 local_logits, mesh, [Shard(1)], run_check=False, shape=shape, stride=(vocab_size, 1)
             ).requires_grad_(needs_grad)
-            whole: Any = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)  # a DTensor
+            # The result is a DTensor.
+            whole: Any = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)
             grads: Any = torch.autograd.grad(whole, logits, torch.ones_like(whole)) if needs_grad else None
             grad = grads[0].to_local() if needs_grad else None
         loss = whole.detach().to_local()
@@ -74,7 +76,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad, valid = ctx.saved_tensors
-        upstream = torch.where(valid, upstream, 0)  # which is infinite where there is no label at all
+        # The upstream gradient is infinite if no token has a label.
+        upstream = torch.where(valid, upstream, 0)
         return (grad * upstream.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
 
 
@@ -90,8 +93,8 @@ def _smooth(
 ) -> tuple[Tensor, Tensor | None]:
     """Label smoothing on top of the cross entropy: `(1 - e) * nll - e * mean_v(log p_v)`.
 
-    As `nll = lse - x_y` and `-mean_v(log p_v) = lse - mean_v(x_v)`, that is `nll + e * (x_y - mean_v(x_v))`, with
-    gradient `e * (onehot_y - 1 / vocab)` beside that of nll. One all-reduce of `[2, tokens]`.
+    Because `nll = lse - x_y` and `-mean_v(log p_v) = lse - mean_v(x_v)`, the loss is `nll + e * (x_y - mean_v(x_v))`.
+    Its gradient is that of nll plus `e * (onehot_y - 1 / vocab)`. One all-reduce of `[2, tokens]`.
     """
     columns = local_logits.shape[1]
     start = -(-vocab_size // mesh.size()) * mesh.get_local_rank()
@@ -109,7 +112,8 @@ def _smooth(
     return loss, grad
 
 
-@without_inference_mode()  # in which DTensor has no cross entropy
+# DTensor has no cross entropy in inference mode.
+@without_inference_mode()
 def vocab_parallel_cross_entropy(
     logits: LazyLogits | DTensor,
     labels: Tensor,
@@ -121,9 +125,9 @@ def vocab_parallel_cross_entropy(
     """`torch.nn.functional.cross_entropy` for logits that are sharded over the vocabulary.
 
     Args:
-        logits: `[..., vocab]`, what a parallelized model returns: `LazyLogits`, or a DTensor that is `Shard(-1)` on a
-            one-dimensional TP mesh. Plain logits are whole, and alike on every rank: a model that gives a loss of the script's
-            own whole logits, or its own code, has made them of lazy ones.
+        logits: `[..., vocab]`, as a parallelized model returns them: `LazyLogits`, or a DTensor that is `Shard(-1)` on
+            a one-dimensional TP mesh. Plain logits must be whole and the same on every rank. Lazy logits become plain
+            if the model's own code reads them, or if a loss function of the script's own is given whole logits.
         labels: plain integer tensor `[...]`, the same on every TP rank. Not shifted here.
         ignore_index: labels of this value give no loss and no gradient.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
@@ -174,8 +178,8 @@ def vocab_parallel_statistics(
     """Cross entropy, entropy, top-1 and mean logit of each token from one pass over the vocabulary.
 
     Arguments as in `vocab_parallel_cross_entropy`. The tensors of the result have the shape of `labels`; the gradient
-    of `nll` is exact for any upstream gradient; the others have none. Plain logits, which a model's own code has made of lazy
-    ones, are whole and alike on every rank.
+    of `nll` is exact for any upstream gradient; the others have none. Plain logits (lazy logits that the model's own
+    code has read) must be whole and the same on every rank.
     """
     _check(logits, labels, ignore_index)
     if not isinstance(logits, (LazyLogits, DTensor)):
@@ -190,7 +194,7 @@ def vocab_parallel_statistics(
 
 
 def _statistics_of_whole(logits: Tensor, labels: Tensor, ignore_index: int) -> TokenStatistics:
-    """The same from whole logits, which something was written into."""
+    """`vocab_parallel_statistics` from whole logits."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nll = F.cross_entropy(x.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=ignore_index)
     with_plain_gradient(nll)
@@ -200,8 +204,10 @@ def _statistics_of_whole(logits: Tensor, labels: Tensor, ignore_index: int) -> T
 
 
 def with_plain_gradient(loss: Tensor) -> Tensor:
-    """`loss`, whose gradient is made plain where it comes as a DTensor: from a sum with a term that is one, such as what a hook
-    on a layer has kept."""
+    """Register a hook on `loss` that makes its upstream gradient plain if that is a DTensor, and return `loss`.
+
+    A DTensor gradient arises if the script adds a DTensor to the loss, such as one that a hook on a layer has kept.
+    """
     if loss.requires_grad:
         loss.register_hook(lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad)
     return loss
@@ -224,10 +230,12 @@ def _chunked_head(
 ) -> tuple[ChunkedHead, tuple[Tensor, Tensor, Tensor | None]]:
     """The head of `logits`, and its tensors: hidden states, weight and bias, as plain local ones."""
     hidden = logits.hidden
-    if hidden.placements != (SEQUENCE,):  # or replicated
+    # `ChunkedHead` knows two layouts: sharded over the sequence, and replicated.
+    if hidden.placements != (SEQUENCE,):
         hidden = hidden.redistribute(placements=[Replicate()])
     with (logits.with_weights or contextlib.nullcontext)():
-        weight, bias = cast(Callable, logits.parameters)()  # which chunked logits have
+        # Chunked logits always have `parameters`.
+        weight, bias = cast(Callable, logits.parameters)()
     head = ChunkedHead(
         hidden.device_mesh, hidden.placements, hidden.shape, logits.shape[-1], logits.pointwise, ignore_index,
         smoothing, statistics,
@@ -262,11 +270,12 @@ def causal_lm_loss(
 
 
 def on_shards(loss_function: Callable) -> Callable:
-    """What computes, from logits that are sharded over the vocabulary, what `loss_function` does from whole ones.
+    """Return a function that computes `loss_function` from logits sharded over the vocabulary.
 
-    transformers' causal loss is `causal_lm_loss`, with the arguments that it knows; it ignores all others, such as
-    `label_smoothing`. Any other loss is given whole logits `[batch, seq, vocab]`, plain and alike on every TP rank, through
-    which its gradient is exact: at the price of their memory, and a loss may do with them whatever it likes.
+    transformers' causal loss is replaced by `causal_lm_loss`, with the arguments that transformers' loss knows; it
+    ignores all others, such as `label_smoothing`. Any other loss is given whole logits `[batch, seq, vocab]`, plain and
+    the same on every TP rank. Its gradient through them is exact and it may use them freely, but they take the memory
+    of whole logits.
     """
     if loss_function is ForCausalLMLoss:
 

@@ -1,10 +1,10 @@
-"""Logits that are computed when somebody reads them.
+"""Logits that are computed when they are read.
 
-The chunked loss multiplies by the head a few tokens at a time, so that `[tokens, vocab / tp]` never exists. It needs what
-the head was given, but the code between head and loss is the model's own. So the head returns `LazyLogits`, on which that
-code's scaling, softcapping and masking of words is noted down, in place or not; the loss takes the hidden states and the
-notes out of it. For anybody else the ordinary head runs, and its logits are gathered: whole and plain, to be read and to be
-written into.
+The chunked loss multiplies by the head a few tokens at a time, so that `[tokens, vocab / tp]` never exists. It needs
+the head's input, but the code between head and loss is the model's own. So the head returns `LazyLogits`. They record
+that code's scaling, softcapping and masking of words, in place or not, and the loss takes the hidden states and the
+recorded operations from them. For any other use the ordinary head runs, and its logits are gathered: they are whole and
+plain, and can be read and written into.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _kept_lazy = contextvars.ContextVar("_kept_lazy", default=False)
 
 @contextlib.contextmanager
 def keep_lazy() -> Iterator[None]:
-    """While inside, a model's lazy logits stay so, also where its caller would otherwise get whole ones."""
+    """Inside this context, a model's lazy logits stay lazy, even where its caller would otherwise get whole ones."""
     token = _kept_lazy.set(True)
     try:
         yield
@@ -58,22 +58,25 @@ def is_kept_lazy() -> bool:
 class LazyLogits(Tensor):
     """The logits `[batch, seq, vocab]` of a head that has not run.
 
-    Shape, dtype and device are known. An elementwise operation of `POINTWISE` gives another `LazyLogits`; one in place, or a
-    number that is written into columns, is noted down on this one. Every other use runs the head, which is collective (every
-    rank of the TP group must do it), and acts on the whole logits, a plain tensor: any loss can be computed from them, and its
-    gradient is exact, at the price of `[batch, seq, vocab]` on every rank. Whatever is written into that tensor, or into a
-    view of it, is written into these logits: a loss that is computed from them later sees it. An attribute of DTensor's, such
-    as `placements` or `to_local`, is that of the DTensor `Shard(-1)` which the logits are at that moment.
+    Shape, dtype and device are known. An elementwise operation of `POINTWISE` gives another `LazyLogits`; an in-place
+    one, or a number written into columns, is recorded on this one. Every other use runs the head and acts on the whole
+    logits, a plain tensor. This is collective (every rank of the TP group must do it). Any loss can be computed from
+    the whole logits with an exact gradient, but they take `[batch, seq, vocab]` on every rank. Writing into that
+    tensor, or into a view of it, changes these logits: a loss that is computed later sees it. An attribute of DTensor,
+    such as `placements` or `to_local`, is read from the logits' current value as a DTensor `Shard(-1)`.
 
     Args:
-        hidden: what the head was given, as a DTensor `[batch, seq, hidden]`.
+        hidden: the input of the head, as a DTensor `[batch, seq, hidden]`.
         head: the head, whose parameters are DTensors.
-        run: `run(hidden)` is the ordinary head.
-        parameters: gives its weight and bias (or None) as the plain local tensors to compute with. None if the loss is to be
-            computed from the logits of all tokens.
+        run: `run(hidden)` runs the ordinary head.
+        parameters: returns the head's weight and bias (or None) as plain local tensors to compute with. None if the
+            loss is to be computed from the logits of all tokens.
 
     Attributes:
-        pointwise: what has been noted down: functions of logits `[…, columns]` and of the number of their first column.
+        pointwise: the recorded operations: functions of logits `[…, columns]` and of the number of their first column.
+        origin: the `LazyLogits` that the head returned, if these were derived from them; else None.
+        with_weights: once the model's forward is over, a context that the head must run in, because FSDP may have freed
+            its weight; None before.
     """
 
     hidden: DTensor
@@ -94,13 +97,14 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 self.register_hook(_refuse_gradient)
         self.hidden, self._run, self.parameters, self.pointwise = hidden, run, parameters, pointwise
-        self._hooks: list[Callable] = hooks  # of the gradient; one list for all that come from one head
+        # Hooks on the gradient, in one list that all `LazyLogits` derived from one head share.
+        self._hooks: list[Callable] = hooks
         self._value: DTensor | None = None
         self._whole: Tensor | None = None
-        self._whole_version: int | None = None  # when it was made; None: it may be another any time
-        self.origin: LazyLogits | None = None  # what came from the head, if these came from it
+        # The version of `_whole` when it was made, or None if it may have been changed without a change of version.
+        self._whole_version: int | None = None
+        self.origin: LazyLogits | None = None
         self._is_spent = False
-        # What the head runs in once the model's forward is over, when FSDP may have freed its weight; None before.
         self.with_weights = None
         return self
 
@@ -109,16 +113,18 @@ class LazyLogits(Tensor):
 
     @property
     def is_written(self) -> bool:
-        """Whether the logits are what stands in the whole ones, and not what `pointwise` makes of the head's output."""
+        """Whether the whole tensor was (or may have been) written into, so that it holds the logits, and not
+        `pointwise`."""
         return self._whole is not None and (self._whole_version is None or self._whole_version != self._whole._version)
 
     @property
     def is_spent(self) -> bool:
-        """Whether a loss was computed from these, or from others of the same head's, without the whole ones."""
+        """Whether a loss was computed from these logits, or others of the same head, without reading the whole
+        tensor."""
         return (self if self.origin is None else self.origin)._is_spent
 
     def spend(self) -> None:
-        """Note that a loss, with a gradient, is computed from these."""
+        """Record that a loss with a gradient is computed from these logits."""
         if torch.is_grad_enabled() and not self.is_written:
             (self if self.origin is None else self.origin)._is_spent = True
 
@@ -128,9 +134,9 @@ class LazyLogits(Tensor):
         return self.parameters is not None and not self.is_written
 
     def materialize(self) -> DTensor:
-        """What `pointwise` makes of the head's output, `Shard(-1)`: runs the ordinary head, once."""
+        """The head's output after `pointwise`, as a DTensor `Shard(-1)`. The first call runs the ordinary head."""
         if self._value is None:
-            # With its gradient, also where `torch.no_grad` looks at them first.
+            # The value is kept, so it needs its gradient even if it is first read under `torch.no_grad`.
             with (
                 torch.inference_mode(False),
                 torch.set_grad_enabled(self.requires_grad),
@@ -140,7 +146,7 @@ class LazyLogits(Tensor):
         return self._value
 
     def _shape(self, value: DTensor) -> DTensor:
-        """`pointwise` of `value`."""
+        """Apply `pointwise` to `value`."""
         if not self.pointwise:
             return value
         local, spec = value.to_local(grad_placements=value.placements), value._spec
@@ -152,7 +158,7 @@ class LazyLogits(Tensor):
         )
 
     def read(self) -> Tensor:
-        """The logits, whole and plain. What is written into them is written into these."""
+        """The logits as a whole plain tensor. Writing into it changes these logits."""
         if self._whole is None:
             value = self.materialize()
             if value.requires_grad:
@@ -163,23 +169,26 @@ class LazyLogits(Tensor):
             with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
                 self._whole = _Whole.apply(value)
             self._whole_version = self._whole._version
-        if torch.is_inference_mode_enabled():  # in which no version counter counts
+        # Version counters do not count in inference mode.
+        if torch.is_inference_mode_enabled():
             self._whole_version = None
         return self._whole
 
     full_tensor = read
 
     def sharded(self) -> DTensor:
-        """The logits as they are now, `Shard(-1)`."""
+        """The current value of the logits, as a DTensor `Shard(-1)`."""
         if not self.is_written:
             return self.materialize()
         whole = DTensor.from_local(self._whole, self.hidden.device_mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[Shard(self.dim() - 1)])
 
     def hook(self, result: Tensor) -> Tensor:
-        """`result`, with the hooks of these logits' gradient, which will come through `result` instead.
+        """Register the hooks on these logits' gradient on `result`, which the gradient comes through instead. Return
+        `result`.
 
-        FSDP2 starts its backward by a hook on the outputs of the model."""
+        FSDP2 starts its backward by a hook on the outputs of the model.
+        """
         if result.requires_grad:
             for hook in self._hooks:
                 result.register_hook(hook)
@@ -206,9 +215,10 @@ class LazyLogits(Tensor):
         return made
 
     def _note(self, func: Callable, rest: tuple, kwargs: dict) -> LazyLogits | None:
-        """What `func(self, *rest, **kwargs)` gives, if that can be noted down; else None."""
+        """Record `func(self, *rest, **kwargs)` and return its result; None if it cannot be recorded."""
         if self.requires_grad and not torch.is_grad_enabled():
-            return None  # its gradient is not to know of it
+            # Autograd must not see this operation, but the loss would differentiate a recorded one.
+            return None
         if (columns := self._columns(func, rest, kwargs)) is not None:
             operation, is_inplace, dtype = (
                 fill(*columns),
@@ -216,7 +226,8 @@ class LazyLogits(Tensor):
                 self.dtype,
             )
         elif func in POINTWISE or func in INPLACE:
-            if func is Tensor.to:  # a move to where the logits are is none
+            # A move to the device that the logits are on changes nothing.
+            if func is Tensor.to:
                 rest = tuple(x for x in rest if not (is_device(x) and torch.device(x) == self.device))
             if not all(isinstance(x, NOTABLE) for x in (*rest, *kwargs.values())):
                 return None
@@ -231,7 +242,8 @@ class LazyLogits(Tensor):
             return None
         if not is_inplace and not self.is_written:
             return self._like(dtype, self.requires_grad, (*self.pointwise, operation))
-        if not is_inplace:  # lazy no longer, but a loss can still be computed from it on shards
+        # The result has a whole value already, but a loss can still be computed from it on shards.
+        if not is_inplace:
             whole = operation(self._whole, 0)
             made = self._like(dtype, whole.requires_grad, ())
             made._whole = whole
@@ -242,7 +254,8 @@ class LazyLogits(Tensor):
         return self
 
     def _columns(self, func: Callable, rest: tuple, kwargs: dict) -> tuple[Tensor, Any] | None:
-        """The columns `[vocab]` into which `func` writes a number, for every token, and the number; None if it does not."""
+        """The columns `[vocab]` into which `func` writes a number for every token, and that number; None if it does
+        something else."""
         if kwargs or len(rest) < 2 or not is_number(rest[-1]):
             return None
         if func is Tensor.__setitem__ and len(rest) == 2:
@@ -299,9 +312,8 @@ class LazyLogits(Tensor):
                     f"{getattr(func, '__name__', func)} changed the shape of a parallelized model's logits in place, from "
                     f"{tuple(lazy.shape)} to {tuple(lazy._whole.shape)}. Use its form that returns a new tensor."
                 )
-        return (
-            read.get(id(out), out) if isinstance(out, Tensor) else out
-        )  # an operation in place returns what it was given
+        # An in-place operation returns its argument, so the lazy logits stand for it again.
+        return read.get(id(out), out) if isinstance(out, Tensor) else out
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -313,14 +325,18 @@ class LazyLogits(Tensor):
 
 
 class _Whole(torch.autograd.Function):
-    """Logits `Shard(-1)` → the whole of them, plain, in memory of its own, which may be written into. Its gradient is alike on
-    all ranks, and each takes its own columns'. Forward: all-gather. Backward: none."""
+    """Logits `Shard(-1)` → the whole logits as a plain tensor with its own memory, which may be written into.
+
+    The gradient is the same on all ranks, and each rank takes its own columns of it. Forward: all-gather. Backward:
+    none.
+    """
 
     @staticmethod
     def forward(ctx, value: DTensor) -> Tensor:
         ctx.spec = value._spec
         whole = value.full_tensor()
-        return whole.clone() if ctx.spec.mesh.size() == 1 else whole.detach()  # a view could not be written into
+        # Autograd forbids writing into a view that a custom function returned, so the output is none.
+        return whole.clone() if ctx.spec.mesh.size() == 1 else whole.detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -1,4 +1,4 @@
-"""The operations on lazy logits that are noted down, and those that would tell what is not yet known of them."""
+"""Tables of the operations on lazy logits: recorded ones, ones that need no values, and ones that expose the memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What models do to their logits before the loss: elementwise, with numbers as the only other operands.
+# Operations that models apply to their logits before the loss. They are elementwise, and their other operands are
+# numbers.
 POINTWISE = {
     Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul,
     Tensor.div, Tensor.__truediv__, torch.div,
@@ -22,7 +23,7 @@ POINTWISE = {
     Tensor.float, Tensor.to,
 }  # fmt: skip
 
-# The same in place, as what they do out of place.
+# In-place operations → the same operation out of place.
 INPLACE = {
     Tensor.mul_: Tensor.mul, Tensor.__imul__: Tensor.mul,
     Tensor.div_: Tensor.div, Tensor.__itruediv__: Tensor.div, Tensor.__idiv__: Tensor.div,
@@ -46,7 +47,8 @@ METADATA = {
     ),
 }  # fmt: skip
 
-# What hands out the memory of the logits, or asks for their gradient, so that no version counter says what becomes of them.
+# These hand out the memory of the logits, or concern their gradient, so the version counter does not show later
+# changes.
 EXPOSES = {
     Tensor.data.__get__, Tensor.detach_, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr,
     Tensor.untyped_storage, Tensor.retain_grad, Tensor.register_hook,
@@ -70,7 +72,7 @@ def is_number(x: Any) -> bool:
 
 
 def of_last_dimension(key: Any, dims: int) -> Any:
-    """What `key` selects of the last dimension, if it takes all of the others; else None."""
+    """The part of the last dimension that `key` selects, if it takes all of the other dimensions; else None."""
     *others, last = key if isinstance(key, tuple) else (key,)
     whole = sum(isinstance(k, slice) and k == slice(None) for k in others)
     ellipses = sum(k is Ellipsis for k in others)

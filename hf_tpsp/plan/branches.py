@@ -1,7 +1,8 @@
 """Branches on sizes, which a proof on a small copy cannot cover.
 
-The copy has other sizes than the model, and a short sequence. Where code compares such a size, the copy may take another branch
-than training does. Those comparisons are found in the source of the proven modules, and named in the plan's notes.
+The copy has other sizes than the model, and a short sequence. Where code compares such a size, the copy may take
+another branch than training does. Those comparisons are found in the source of the proven modules, and named in the
+plan's notes.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ OPERATORS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast
              ast.NotEq: operator.ne}  # fmt: skip
 
 
-LENGTH = object()  # a size of a tensor, which no config knows
+# A size of a tensor, which no config gives.
+LENGTH = object()
 
 
-DEPTH = 3  # of functions that call each other
+# How many calls deep the functions called by a forward are searched.
+DEPTH = 3
 
 
 def uncovered(real: nn.Module, small: nn.Module) -> list[str]:
-    """The comparisons of sizes in the code of `real`, and of the modules in it, of which the small copy `small` may have taken
-    another branch, each as `source (function)`: of a tensor's size with a number or with a size that is another in the copy;
-    of two other sizes, if the comparison comes out otherwise there."""
+    """The comparisons of sizes in the code of `real` and its modules that may come out differently in the small copy
+    `small`.
+
+    Each is given as `source (function)`. A comparison of a tensor's size with a number or with a module's size may
+    differ, unless that number is 2 or less. A comparison of two numbers or module sizes is listed if it comes out
+    differently.
+    """
     found: dict[str, None] = {}
     seen = set()
     copies = dict(small.named_modules())
@@ -46,7 +53,7 @@ def uncovered(real: nn.Module, small: nn.Module) -> list[str]:
 
 
 def _functions(cls: type) -> Iterator[Any]:
-    """`cls.forward`, and what it calls of its own class or module."""
+    """`cls.forward`, and the functions of its own class or Python module that it calls, directly or not."""
     todo, seen = [(getattr(cls, "forward", None), 0)], set()
     while todo:
         function, depth = todo.pop()
@@ -76,7 +83,8 @@ def _functions(cls: type) -> Iterator[Any]:
 def _parsed(function) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # made at run time
+    except (OSError, TypeError, SyntaxError):
+        # A function that was made at run time has no source.
         return None
 
 
@@ -96,7 +104,8 @@ def _comparisons(function, real: nn.Module, small: nn.Module) -> Iterator[str]:
             and not node.orelse
             and all(isinstance(n, (ast.Raise, ast.Expr)) for n in node.body)
         )
-        if checks or isinstance(node, ast.Assert):  # it raises, or says something, and computes nothing
+        # A check raises or logs something, and computes nothing.
+        if checks or isinstance(node, ast.Assert):
             skipped.update(map(id, ast.walk(node.test)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and id(node) not in skipped and len(node.ops) == 1:
@@ -106,14 +115,15 @@ def _comparisons(function, real: nn.Module, small: nn.Module) -> Iterator[str]:
 
 
 def _value(node: ast.AST, names: dict[str, ast.AST], real: nn.Module, small: nn.Module, depth: int = 0) -> Any:
-    """`(in the model, in the copy)` of a number; LENGTH; or None for what is no size."""
+    """For a number, its values `(in the model, in the copy)`; LENGTH for a tensor's size; None for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value, node.value
     if isinstance(node, ast.Name) and node.id in names and depth < 4:
         return _value(names[node.id], names, real, small, depth + 1)
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
         return LENGTH
-    if isinstance(node, ast.Attribute) and node.attr == "shape":  # `batch, length, _ = x.shape`
+    # This is the value of a name in `batch, length, _ = x.shape`.
+    if isinstance(node, ast.Attribute) and node.attr == "shape":
         return LENGTH
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("size", "numel"):
         return LENGTH
@@ -131,10 +141,11 @@ def _value(node: ast.AST, names: dict[str, ast.AST], real: nn.Module, small: nn.
 
 
 def _differs(compare, left: Any, right: Any) -> bool:
-    """Whether the comparison may come out otherwise in the copy."""
+    """Whether the comparison may come out differently in the copy."""
     if left is LENGTH and right is LENGTH:
         return False
     if left is LENGTH or right is LENGTH:
         size = right if left is LENGTH else left
-        return size[0] > 2  # below that are one token, and one row
+        # Comparisons with smaller numbers ask for a single token or a single row.
+        return size[0] > 2
     return compare(left[0], right[0]) != compare(left[1], right[1])

@@ -14,18 +14,21 @@ from ..sizes import HEADS, KV_HEADS
 from ..structure import features, is_depthwise, own, own_parameters
 from .record import Call
 
-# Elementwise, so they can be computed again on whatever part they were given. (Some entries carry their arguments.)
+# Activation functions are elementwise, so they can be computed again on any part. (Some entries of ACT2CLS carry
+# arguments.)
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 
-GATHERED, SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"  # of transformers
+# Names of rules in transformers' plans.
+GATHERED, SPLIT_INPUT = "colwise_gather_output", "rowwise_split_input"
 
 
 def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hidden: int) -> Iterator[dict[str, str]]:
-    """The ways to split `block`, a small copy's, that are worth a try: rules by name inside the block, without sizes
-    (`with_sizes`).
+    """The layouts of `block` that are worth a try: rules by name inside the block, without sizes (`with_sizes` adds
+    them).
 
     Args:
+        block: a block of a small copy.
         native: transformers' rules for what is inside the block, by name.
         calls: how the copy's modules were called, by name.
         hidden: the width of the stream.
@@ -51,13 +54,17 @@ def layouts(block: nn.Module, native: dict[str, str], calls: dict[str, Call], hi
 
 
 def packings(closing: str) -> Iterator[str]:
-    """Rules of a layer that holds several projections: gate and up, or query, key and value of whatever widths."""
+    """Rules to try for a layer that holds several projections: gate and up, or query, key and value of unknown widths.
+
+    `closing` is the name of the linear layer that closes the block.
+    """
     yield "pair"
     yield f"qkv:{closing}"
 
 
 def translated(native: dict[str, str], inside: dict[str, nn.Module]) -> Iterator[dict[str, str]]:
-    """transformers' plan. A gathered output with a split input after it may be a packed projection."""
+    """Layouts translated from transformers' plan. A gathered output with a split input after it may be a packed
+    projection."""
     rules = {}
     closing = [n for n, rule in native.items() if rule == SPLIT_INPUT]
     opened = [n for n, rule in native.items() if rule == GATHERED]
@@ -80,13 +87,18 @@ def translated(native: dict[str, str], inside: dict[str, nn.Module]) -> Iterator
 
 
 def derived(block: nn.Module, inside: dict[str, nn.Module], call: Call) -> Iterator[dict[str, str]]:
-    """The linear layers that are fed what the block is fed, or what those make of it, and the last one that it calls."""
+    """Layouts read off the call of a block: column-parallel layers first, and the last linear layer row-parallel.
+
+    The column-parallel ones are the linear layers whose input is the block's input, or some of these together with the
+    linear layers called after them.
+    """
     linears = {name: inside[name] for name in call.linears}
     if not linears:
         return
     *before, last = linears
     entries = [n for n in before if call.linears[n]]
-    later = [n for n in before if not call.linears[n]]  # up-projections of compressed ones
+    # Linear layers with another input are, for example, the up-projections of compressed queries, keys and values.
+    later = [n for n in before if not call.linears[n]]
     packed = [n for n in entries if features(linears[n])[1] > features(linears[last])[0]]
     heads = own(block, HEADS)
     bare = {n: "shard:0" for n, p in block.named_parameters(recurse=False) if heads and p.shape[:1] == (heads,)}
@@ -101,7 +113,8 @@ def derived(block: nn.Module, inside: dict[str, nn.Module], call: Call) -> Itera
 
 
 def stacked_experts(inside: dict[str, nn.Module], hidden: int) -> Iterator[dict[str, str]]:
-    """Expert weights `[experts, …]` and their biases: gate and up, one after the other or interleaved, and down."""
+    """Layouts of stacked expert weights `[experts, …]` and their biases: down, and gate and up (one after the other, or
+    interleaved)."""
     for opening in ("shard_packed:{},2", "shard:{}"):
         rules = {}
         for name, module in inside.items():
@@ -120,7 +133,7 @@ def stacked_experts(inside: dict[str, nn.Module], hidden: int) -> Iterator[dict[
 
 
 def enclosed_mlps(native: dict[str, str], inside: dict[str, nn.Module], calls: dict[str, Call]) -> dict[str, str]:
-    """MLPs inside a block that transformers' plan leaves out: shared experts."""
+    """Rules for MLPs inside a block that transformers' plan leaves out, such as shared experts."""
     rules = {}
     for name in inside:
         linears = {n: inside[f"{name}.{n}"] for n in calls[name].linears} if name and name in calls else {}
@@ -134,8 +147,11 @@ def enclosed_mlps(native: dict[str, str], inside: dict[str, nn.Module], calls: d
 
 
 def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> dict[str, str] | None:
-    """`rules` for `block`, which has the structure of the one that they were proven on; None if its heads do not divide over
-    the ranks, or ranks would have to share kv heads that are not found among its projections."""
+    """Fill `rules` with the sizes of `block`, which has the structure of the block that they were proven on.
+
+    Returns None if the block's heads do not divide over the ranks, or if ranks would have to share kv heads that are
+    not found among its projections.
+    """
     inside = dict(block.named_modules())
     heads, kv_heads = own(block, HEADS), own(block, KV_HEADS)
     is_attention = hasattr(block, "head_dim") or hasattr(block, "num_key_value_groups")
@@ -152,7 +168,7 @@ def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> d
             sized[name] = packed_rule((first, *parts), inside[name], shared if kind == "qkv" else None, config)
         elif rule == "colwise" and shared and features(inside[name])[1] == shared * (own(block, ("head_dim",)) or 0):
             sized[name] = f"colwise_gathered:{features(inside[name])[1]}@{shared}"
-    # A convolution after a projection of shared heads would have fewer channels than that gives it.
+    # With shared heads, a depthwise convolution would have fewer channels than the projection before it returns.
     if shared and ("depthwise" in rules.values() or not any("@" in rule for rule in sized.values())):
         return None
     if shared:
@@ -162,17 +178,20 @@ def with_sizes(rules: dict[str, str], block: nn.Module, config: TPSPConfig) -> d
 
 
 def packed_rule(parts: tuple[int, ...], projection: nn.Module, heads: int | None, config: TPSPConfig) -> str:
-    """The rule of a linear layer that holds projections of widths `parts`; `heads`: of all but the first, if ranks share
-    them."""
+    """The rule of a linear layer that holds projections of widths `parts`.
+
+    `heads` is the number of heads of each projection but the first, if ranks share these heads; else None.
+    """
     named = ",".join(f"{part}@{heads}" if heads and i else str(part) for i, part in enumerate(parts))
-    # The strided layout of equal parts leaves FSDP only the input dimension, which it cannot shard unevenly.
+    # Strided sharding (`colwise_packed`) leaves FSDP only the input dimension, which it cannot shard unevenly.
     even = len(set(parts)) == 1 and not heads and parts[0] % config.tp_size == 0
     even = even and features(projection)[0] % config.dp_shard_size == 0
     return f"{'colwise_packed' if even else 'colwise_gathered'}:{named}"
 
 
 def whole_layout(block: nn.Module, native: dict[str, str], call: Call | None) -> dict[str, str]:
-    """The layout of a block that every rank computes whole. Linear layers whose output transformers gathers stay split."""
+    """The layout of a block that every rank computes whole. Linear layers whose output transformers gathers stay
+    split."""
     rules = {"": "whole"}
     for name, module in block.named_modules():
         if name and own_parameters(module):

@@ -3,19 +3,19 @@
 The plan is derived, not listed per model, and proven before it is used (`prove.py`):
 
     base.embed_tokens            embedding         the residual stream begins, sharded over the sequence
-    base.layers.*                enter             a stream that came from outside is cut here
+    base.layers.*                enter             a plain stream from outside (`inputs_embeds`) is cut here
     base.layers.*.<norm>         norm              children of a layer whose class is a norm run on the shards
-    base.layers.*.<other>        gather, whole     every other child with parameters: a token mixer or an MLP
-    base.layers.*.<other>.…      colwise, rowwise, packed_…   where it is split
-                                 replica, copy     its other parameters
+    base.layers.*.<other>        split, whole      every other child with parameters: a token mixer or an MLP
+    base.layers.*.<other>.…      colwise, rowwise, colwise_packed, …   the linear layers of a split block
+                                 replicated_partial, replicated        its other parameters
                                  activation        an activation function, which has no parameters
     base.norm                    norm
-    base.<other>, <other>        whole             what else the model computes beside its layers
+    base.<other>, <other>        whole             other modules beside the layers
     lm_head                      head, lazy_head   logits stay sharded over the vocabulary
 
-A block is split by the first layout whose ranks add up to the block, out of: transformers' own tensor-parallel plan; the
-linear layers that are fed what the block is fed, and the last one that it calls; each with what the forward may need to
-know of its share (`split:heads`). If none does, every rank computes the block whole.
+A block is split by the first layout whose ranks add up to the block, out of: transformers' own tensor-parallel plan;
+the linear layers whose input is the block's input, and the last one that it calls; each of these also with the module's
+sizes set to one rank's share (`split:heads`). If no layout adds up, every rank computes the block whole.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ from .trial import Trial, why_not
 
 
 class NothingToSplit(ValueError):
-    """Raised for a model that tensor parallelism can do nothing for. `plan.tried` is what was tried of it."""
+    """Raised for a model in which tensor parallelism can split nothing. `plan.tried` holds the layouts that were
+    tried."""
 
-    def __init__(self, message: str, plan: Plan | None = None):  # One argument is what unpickling gives.
+    # Unpickling passes the message alone, so `plan` has a default.
+    def __init__(self, message: str, plan: Plan | None = None):
         super().__init__(message)
         self.plan = plan
 
 
 class _Planner:
-    """The plan of one model, in the making. Names are those of its modules.
+    """Builds the plan of one model. All names are module names of that model, unless they are said to be the copy's.
 
     Attributes:
-        small: its small copy. counterparts: `kind` → the name of the module of that kind in it.
+        small: the small copy of the model.
+        counterparts: `kind` → the name of the module of that kind in the small copy.
         plain: whether the model needs the whole sequence between its embedding and its first layer.
         proofs: `kind` of a block → its layout without sizes, or None if it is not split.
         local_norms: `kind` of a norm → whether it can run on a part of the sequence.
@@ -61,7 +64,9 @@ class _Planner:
         self.native = dict(model.tp_plan or {})
         self.modules = dict(model.named_modules())
         self.lists = layer_lists(model)
-        for every_layer in (False, True):  # a pattern of layers may go by fields that `shrink.py` does not know
+        # The second try keeps every layer, because the layers' pattern may follow config fields that `shrink.py` does
+        # not know.
+        for every_layer in (False, True):
             self.small = SmallCopy(model, self.lists, every_layer)
             modules = reversed(self.small.modules.items())
             self.counterparts = {self.kind(name, module): name for name, module in modules}
@@ -80,12 +85,12 @@ class _Planner:
 
     @staticmethod
     def kind(name: str, module: nn.Module) -> tuple:
-        """What two modules have in common that are alike but for their sizes."""
+        """A key that two modules share if they differ in nothing but their sizes."""
         inside = frozenset(wildcard(f".{n}") for n, _ in module.named_parameters())
         return wildcard(name), type(module).__name__, inside
 
     def counterpart(self, name: str) -> str:
-        """The name of the module in the copy that is what `name` is in the model."""
+        """The name of the module in the small copy that stands for the model's module `name`."""
         kind = self.kind(name, self.modules[name])
         if kind not in self.counterparts:
             same = [k for k in self.counterparts if k[0] == kind[0]]
@@ -126,9 +131,8 @@ class _Planner:
         check_complete(self.model, self.plan)
         check_used(self.model, self.plan)
         if not self.plan.loss_parallel and not any(self.proofs.values()):
-            notes = [
-                re.sub(r"( is not split): .*", r"\1", note) for note in self.plan.notes
-            ]  # The reasons are in `tried`.
+            # The reasons are left out here, because they are in `tried`.
+            notes = [re.sub(r"( is not split): .*", r"\1", note) for note in self.plan.notes]
             message = (
                 f"hf_tpsp found nothing in {type(self.model).__name__} that tensor parallelism can split: {'; '.join(notes)}. "
                 "Train it with FSDP alone, or add a layout in hf_tpsp/plan/layouts.py, `layouts`; `hf-tpsp plan MODEL --why NAME` "
@@ -138,7 +142,8 @@ class _Planner:
         return self.plan
 
     def split_together(self) -> None:
-        """Blocks of one class in one place split all or none: they may hand each other their heads' keys and values."""
+        """Split all blocks of one class in one place, or none: they may pass each other the keys and values of their
+        heads."""
         for name in (child for layer in self.layers() for child in self.children(layer)):
             if self.call(name) is not None and not (is_norm(self.modules[name]) and self.is_local(name)):
                 self.proof(name, self.inside(name))
@@ -153,7 +158,8 @@ class _Planner:
     def plan_layer(self, name: str, layer: nn.Module) -> None:
         call = self.call(name)
         along = call.meets() if call is not None else []
-        if self.plan.sequence_parallel:  # each of them, for those before it may be skipped
+        # Every layer can be the first that is called, because the layers before it may be skipped.
+        if self.plan.sequence_parallel:
             self.set(name, f"enter:{','.join(along)}" if along else "enter")
         elif own_parameters(layer) or any(self.call(child) is None for child in self.children(name)):
             self.set(name, "stream")
@@ -203,17 +209,17 @@ class _Planner:
         return None
 
     def above(self) -> list[str]:
-        """The modules that the layer lists are in, outermost first."""
+        """The modules that contain the layer lists, outermost first."""
         parts = [stem.split(".")[:-1] for stem in self.lists]
         return sorted({".".join(p[:i]) for p in parts for i in range(len(p) + 1)}, key=len)
 
     def set(self, name: str, rule: str) -> None:
-        """One rule for all layers, if the others agree; else this layer's own."""
+        """Give `name` the rule `rule`: for all layers if they agree, else for this layer alone."""
         if self.plan.setdefault(wildcard(name), rule) != rule:
             self.plan[name] = rule
 
     def plan_child(self, name: str) -> None:
-        """A child of a decoder layer: a norm, or a block."""
+        """Plan a child of a decoder layer: a norm, or a block."""
         block, call = self.modules[name], self.call(name)
         if is_norm(block) and self.is_local(name):
             self.note_branches(name)
@@ -227,16 +233,18 @@ class _Planner:
                 heads = f"its heads do not divide over {self.config.tp_size} ranks"
                 self.note(f"{wildcard(name)} ({type(block).__name__}) is not split: {heads}")
         rules = rules or whole_layout(block, native, call)
-        if call is None:  # its parameters are read by whoever uses it
+        # A module that was never called has its parameters read by the modules around it.
+        if call is None:
             rules[""] = "replicated"
         for part, rule in rules.items():
             self.set(f"{name}.{part}" if part else name, rule)
 
     def proof(self, name: str, native: dict[str, str]) -> dict[str, str] | None:
-        """The first of the block's layouts whose ranks add up to it on the small copy, or None."""
+        """The first layout of the block `name` whose ranks add up to the whole block on the small copy, or None."""
         key = self.kind(name, self.modules[name])
         if key not in self.proofs:
-            self.plan.tried.setdefault(wildcard(name), [])  # There may be no layout to try.
+            # The entry exists even if there is no layout to try.
+            self.plan.tried.setdefault(wildcard(name), [])
             small = self.counterpart(name)
             tries = layouts(self.small.modules[small], native, self.calls_in(small), self.hidden)
             trials = (self.tried(name, try_layout(self.small, small, layout)) for layout in tries)
@@ -248,7 +256,8 @@ class _Planner:
         return trial
 
     def is_local(self, name: str) -> bool:
-        """Whether the norm `name` can run on a part of the sequence, as it must if the stream is sharded; proven on the copy."""
+        """Whether the norm `name` can run on a part of the sequence, as a sharded stream needs; tried on the small
+        copy."""
         small = self.counterpart(name)
         if not self.plan.sequence_parallel or self.small.calls.get(small) is None:
             return True
@@ -267,7 +276,7 @@ class _Planner:
             self.plan.notes.append(sentence)
 
     def note_branches(self, name: str) -> None:
-        """Name the branches of the module `name` on sizes that the copy has not."""
+        """Note the branches in the module `name` that depend on sizes and that the small copy may not take."""
         for branch in uncovered(self.modules[name], self.small.modules[self.counterpart(name)]):
             self.note(f"the proof of {wildcard(name)} on a small copy does not cover {branch}")
 
@@ -278,13 +287,13 @@ class _Planner:
         return {"": calls[small], **inside}
 
     def inside(self, name: str) -> dict[str, str]:
-        """transformers' rules for what is in the block `name`, by name inside it."""
+        """transformers' rules for the modules and parameters in the block `name`, by name inside it."""
         block = self.modules[name]
         names = [n for n, _ in itertools.chain(block.named_modules(), block.named_parameters())]
         return {n: rule for n in names if (rule := self.native.get(wildcard(f"{name}.{n}" if n else name)))}
 
     def plan_outside(self) -> None:
-        """What is beside the layers."""
+        """Plan the modules beside the layers: embedding, last norm, head and others."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         names = {id(module): name for name, module in self.modules.items()}
         others = []
@@ -312,19 +321,21 @@ class _Planner:
             plain = self.plain and self.plan.sequence_parallel
             self.plan[names[id(embedding)]] = "embedding:plain" if plain else "embedding"
             embedding = None
-        for module in (head, embedding):  # what is left is whole: the two may be one
+        # A head or embedding that got no rule above is whole.
+        for module in (head, embedding):
             if module is not None:
                 name = names[id(module)]
                 for part, rule in whole_layout(module, {}, None).items():
                     self.plan[f"{name}.{part}" if part else name] = rule
 
     def is_around_layers(self, name: str) -> bool:
-        """Whether the module holds a list of layers, or is in one."""
+        """Whether the module `name` contains a list of layers, or is inside one."""
         return any(f"{stem}.".startswith(f"{name}.") or name.startswith(f"{stem}.") for stem in self.lists)
 
     def is_last(self, name: str, parent: str) -> bool:
-        """Whether the module comes after the layers that are in `parent`."""
-        order = list(self.small.calls)  # by the end of each call
+        """Whether the module `name` is called after the layers in `parent`."""
+        # The calls are in the order in which they ended.
+        order = list(self.small.calls)
         stems = tuple(f"{stem}." for stem in self.lists if f"{stem}.".startswith(f"{parent}." if parent else ""))
         return name in order and order.index(name) > max(
             (i for i, n in enumerate(order) if n.startswith(stems)), default=len(order)
@@ -337,8 +348,8 @@ def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:
     A small random copy of the model is built from its config and run on the CPU, to prove the layouts.
 
     Raises:
-        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; it has a
-            module that the copy has not (each is named); or nothing of it can be split (`NothingToSplit`).
+        ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; it
+            has a module that the copy lacks (the message names it); or nothing in it can be split (`NothingToSplit`).
     """
     config.check_model(model.config)
     return _Planner(model, config).make()

@@ -1,13 +1,15 @@
 """The proof that a block can be split: its ranks are simulated one after the other, in one process, on a small copy.
 
-A block is split if its output is a sum of one term for each rank. Then every gradient is right too: the ranks' gradients of
-what they share are terms of a sum (`styles.Replica`), by the chain rule, whatever the block computes. So the forward is
-all there is to prove. `try_layout` runs the block of a small copy (`record.py`) as rank 0 and as rank 1 would, with the plan's
-layouts: the two outputs must add up to the whole one. `try_norm` runs a norm on the parts of the sequence: each must give that part
-of the whole. Both in evaluation and in training mode, without dropout.
+A block can be split if its output is the sum of one partial output per rank. Then every gradient is right too: by the
+chain rule, the ranks' gradients of shared tensors and parameters are partial (`ReplicatedPartial`), whatever the block
+computes. So only the forward needs a proof. `try_layout` runs a block of the small copy (`record.py`) as rank 0 and as
+rank 1 would run it under a layout: the two outputs must add up to the whole block's output. `try_norm` runs a norm on
+parts of the sequence: each output must be that part of the whole norm's output. Both run in evaluation and in training
+mode, without dropout.
 
-A layout that does not fit ends in whatever error its shapes run into, somewhere in the model's own code. That is an outcome, and
-the trial's `error` says where. A mistake in hf_tpsp's own code is none, and is raised.
+A layout that does not fit may fail with any error, somewhere in the model's own code, where its shapes do not match.
+That is an outcome, and the trial's `error` says where. A mistake in hf_tpsp's own code is not an outcome, and is
+raised.
 """
 
 from __future__ import annotations
@@ -36,16 +38,18 @@ from .trial import LIMIT, Trial
 RANKS = 2
 
 
-MODES = {"evaluation": False, "training": True}  # → what `Module.train` is given
+# Name of a mode → the argument of `Module.train`.
+MODES = {"evaluation": False, "training": True}
 
 
-# What a mistake in Python code is raised as. All else may come of shapes that do not fit.
+# The errors that a mistake in Python code raises. All others may come from shapes that do not fit.
 MISTAKES = (AttributeError, TypeError, NameError, AssertionError)
 TORCH, HF_TPSP = f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def try_layout(small: SmallCopy, name: str, layout: dict[str, str]) -> Trial:
-    """Whether the ranks' outputs of the block `name` under `layout` (without sizes) add up to the whole one's."""
+    """Try whether the ranks' outputs of the block `name` under `layout` (without sizes) add up to the whole block's
+    output."""
     call, whole = small.calls[name], small.modules[name]
     rules = with_sizes(layout, whole, TPSPConfig(tp_size=RANKS))
     if rules is None:
@@ -58,8 +62,11 @@ def try_layout(small: SmallCopy, name: str, layout: dict[str, str]) -> Trial:
 
 
 def try_norm(small: SmallCopy, name: str) -> Trial:
-    """Whether the module `name` makes of each part of the sequence alone that part of what it makes of the whole, and leaves
-    what it is given as it is: as a norm does."""
+    """Try whether the module `name` acts as a norm does.
+
+    Its output for a part of the sequence must be that part of its output for the whole sequence, and it must not write
+    into its input.
+    """
     call, whole = small.calls[name], small.modules[name]
 
     def joined(training: bool) -> Tensor:
@@ -81,7 +88,7 @@ def try_norm(small: SmallCopy, name: str) -> Trial:
 
 
 def _trial(whole: nn.Module, layout: dict[str, str], call: Call, compute: Callable[[bool], Tensor]) -> Trial:
-    """How far `compute(training)` is from what the module `whole` computes, in evaluation and in training."""
+    """Measure how far `compute(training)` is from the output of the module `whole`, in evaluation and in training."""
     trial = Trial(type(whole).__name__, layout)
     for mode, training in MODES.items():
         failure = FailingOperation()
@@ -107,7 +114,7 @@ def _trial(whole: nn.Module, layout: dict[str, str], call: Call, compute: Callab
 
 
 def _term(whole: nn.Module, rules: dict[str, str], call: Call, rank: int, training: bool) -> Tensor:
-    """What `rank` computes of the block."""
+    """The partial output that `rank` computes for the block `whole`."""
     block = copy.deepcopy(whole)
     styles = simulate_rank(block, rules, rank)
     args, kwargs = copy.deepcopy((call.args, call.kwargs))
@@ -116,7 +123,7 @@ def _term(whole: nn.Module, rules: dict[str, str], call: Call, rank: int, traini
 
 
 def simulate_rank(block: nn.Module, rules: dict[str, str], rank: int) -> dict[str, Style]:
-    """Make of `block` what it is on `rank` under `rules`. Returns the styles by name inside the block."""
+    """Turn `block` into what it is on `rank` under `rules`. Returns the styles by name inside the block."""
     config = TPSPConfig(tp_size=RANKS)
     of_parameters: dict[str, dict[str, str]] = {}
     for part in [part for part in rules if is_parameter(block, part)]:
@@ -137,13 +144,13 @@ def is_parameter(module: nn.Module, name: str) -> bool:
 
 
 def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any], training: bool) -> Tensor:
-    """The first tensor of what `module` returns. Whatever it draws at random, it draws again in another run."""
+    """The first tensor that `module` returns. Every run draws the same random numbers."""
     torch.manual_seed(0)
     return first_tensor(module.train(training)(*args, **kwargs))
 
 
 class FailingOperation(TorchFunctionMode):
-    """Remembers the torch operation that raised `error`, with the shapes of its tensors."""
+    """Records the torch operation that raised `error`, with the shapes of its tensors."""
 
     def __init__(self):
         self.error: Exception | None = None
@@ -160,8 +167,11 @@ class FailingOperation(TorchFunctionMode):
 
 
 def reason(error: Exception, failure: FailingOperation) -> str:
-    """`RuntimeError in its o_proj (Linear), linear of [2, 11, 64] and [64, 32]: …`: the innermost module inside the block, and the
-    operation, if it was one of torch's, that `error` was raised in."""
+    """`RuntimeError in its o_proj (Linear), linear of [2, 11, 64] and [64, 32]: …`.
+
+    It names the innermost module inside the block in which `error` was raised, and the torch operation, if it was
+    raised in one.
+    """
     owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
     where = ""
@@ -175,15 +185,15 @@ def reason(error: Exception, failure: FailingOperation) -> str:
 
 
 def place(error: Exception) -> str:
-    """File and line of the innermost frame that is neither torch's nor hf_tpsp's, or nothing if there is none."""
+    """File and line of the innermost frame that is in neither torch nor hf_tpsp; an empty string if there is none."""
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     lines = [f"{Path(file).name}:{line}" for file, line in lines if not file.startswith((TORCH, HF_TPSP))]
     return lines[-1] if lines else ""
 
 
 def is_own_mistake(error: Exception) -> bool:
-    """Whether `error` is one that hf_tpsp's own code has made, and not the model's: by its type, and by the innermost frame
-    that is not torch's."""
+    """Whether `error` is a mistake in hf_tpsp's own code and not in the model's, judged by its type and by the
+    innermost frame outside torch."""
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = next((file for file in reversed(files) if not file.startswith(TORCH)), "")
     return isinstance(error, MISTAKES) and raised_in.startswith(HF_TPSP)

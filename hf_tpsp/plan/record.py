@@ -1,4 +1,4 @@
-"""A small copy of a model, run once: what was called with what, and what was done to the stream between the modules."""
+"""A small copy of a model, run once: the arguments of each module, and the operations on the stream between modules."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ from transformers.utils import logging
 from ..structure import DROPOUTS, first_tensor
 from .shrink import shrunk_like
 
-# The batch that the copy is run on. TOKENS is no size that a copy has, so a tensor `[BATCH, TOKENS, …]` is one along the sequence.
+# The batch that the copy is run on. No size of a copy is TOKENS, so a tensor `[BATCH, TOKENS, …]` runs along the
+# sequence.
 BATCH, TOKENS = 2, 11
 
 
 LOCAL_OPERATIONS = {"add", "sub", "rsub", "mul", "div", "true_divide", "neg", "dropout", "to", "type", "type_as", "float",
                     "contiguous", "expand_as", "same", "relu", "gelu", "silu", "tanh", "sigmoid"}  # fmt: skip
-"""Names of the operations that do to a part of the sequence what they do to the whole. `same` is a view of the same shape."""
+"""Names of the local operations: they do to a part of the sequence what they do to the whole. `same` is a view of the
+same shape."""
 
 
 SPELLINGS = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div",
              "truediv": "div"}  # fmt: skip
 
 
-# Questions that a forward asks of a tensor, and what the recording itself calls. They compute nothing.
+# These only query a tensor, or are called by the recording itself. They compute nothing.
 NOT_RECORDED = {"get", "size", "dim", "is_floating_point", "detach", "equal", "clone"}
 
 
 @dataclass
 class Operation:
-    """One operation of a forward on floating tensors of which one is `[batch, seq, …]`.
+    """One operation of a forward on floating tensors, at least one of which is `[batch, seq, …]`.
 
     Attributes:
-        name: of the function, without underscores; in-place and reflected ones go by the plain one's name.
-        shapes: of its tensors.
-        foreign: the shapes of those that the stream is not in.
-        on_stream: whether the stream is in one of them.
-        layers_began: whether the first layer had been called.
+        name: the function's name without underscores; in-place and reflected forms have the plain form's name.
+        shapes: the shapes of its tensor arguments.
+        foreign: the shapes of the arguments that do not hold the stream.
+        on_stream: whether one of the arguments holds the stream.
+        layers_began: whether the first layer had been called before.
     """
 
     name: str
@@ -63,12 +65,13 @@ class Call:
     """How a module was called in the copy's forward.
 
     Attributes:
-        args, kwargs: what it was given.
-        output: the first tensor that it returned.
-        names: of its forward's parameters, without `self`.
-        linears: the linear layers that it called, in order, by name inside it; and whether the input of each was what the
-            module itself was given.
-        own_operations: what its own forward, and not a module that it calls, ran on tensors along the sequence.
+        args, kwargs: the arguments.
+        output: the first tensor that the module returned.
+        names: the parameter names of its class's forward, without `self`.
+        linears: the linear layers called inside the module, in order: name inside it → whether the layer's input was
+            the module's own input.
+        own_operations: the operations on tensors along the sequence in its own forward, not in the modules that it
+            calls.
     """
 
     args: tuple
@@ -80,22 +83,23 @@ class Call:
 
     @property
     def streams(self) -> list[Tensor]:
-        """The arguments that have the first floating tensor's shape."""
+        """The floating tensors among the arguments that have the shape of the first one."""
         tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         return [x for x in tensors if x.shape == tensors[0].shape]
 
     @property
     def is_sequence(self) -> bool:
-        """Whether it was given `[batch, seq, …]`, and returned that, or `[batch * seq, …]`."""
+        """Whether the module's input was `[batch, seq, …]`, and its output `[batch, seq, …]` or `[batch * seq, …]`."""
         given, returned = (self.streams or [self.output])[0].shape, self.output.shape
         return is_along_sequence(given) and (is_along_sequence(returned) or returned[:1] == (BATCH * TOKENS,))
 
     def mixes_sequence(self, before_layers: bool = False) -> str | None:
-        """The first operation of its own forward on the stream that cannot be done to a part of the sequence, or that puts the
-        stream together with what is not cut as it is; None if there is none.
+        """The first of its own operations on the stream that would be wrong on a sharded stream; None if there is none.
+
+        Such an operation is not local, or it combines the stream with a tensor that is not cut along the sequence.
 
         Args:
-            before_layers: look at what it did before the first layer was called, and not at what it did since.
+            before_layers: look at the operations before the first layer was called, instead of those after.
         """
         for operation in self.own_operations:
             if operation.on_stream and operation.layers_began != before_layers:
@@ -106,13 +110,13 @@ class Call:
 
     @property
     def along(self) -> dict[torch.Size, str]:
-        """Shape → name, of the arguments beside the stream that are `[batch, seq, …]` too."""
+        """Shape → name of the arguments beside the stream that are `[batch, seq, …]` too."""
         named = {**dict(zip(self.names[1:], self.args[1:], strict=False)), **self.kwargs}
         named = {n: x for n, x in named.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3}
         return {x.shape: n for n, x in named.items() if is_along_sequence(x.shape)}
 
     def meets(self) -> list[str]:
-        """The names of those arguments in `along` that its own forward puts together with the stream."""
+        """The names of the arguments in `along` that its own forward combines with the stream."""
         return sorted({self.along[s] for o in self.own_operations if o.on_stream for s in o.foreign if s in self.along})
 
 
@@ -121,16 +125,17 @@ def is_along_sequence(shape: torch.Size) -> bool:
 
 
 class SmallCopy:
-    """A small random copy of `model` on the CPU, without dropout, and how its modules were called.
+    """A small random copy of `model` on the CPU, without dropout, and the calls of its modules.
 
     Args:
-        stems: the names of the lists that the model's layers are in.
-        every_layer: as many layers as the model has, instead of one of each kind.
+        stems: the names of the lists of the model's layers.
+        every_layer: keep as many layers as the model has, instead of one of each kind.
 
     Attributes:
-        model, modules: the copy, and its modules by name.
+        model: the copy.
+        modules: the copy's modules by name.
         calls: module name → its first call, in the order in which the calls ended.
-        reads_embedding: the module, if any, that takes rows of the embedding's weight by itself.
+        reads_embedding: the name of the module, if any, that indexes the embedding's weight by itself.
         calls_loss_function: whether the model leaves its loss to `loss_function`, as most do.
 
     Raises:
@@ -142,7 +147,8 @@ class SmallCopy:
         with aside():
             self.model = shrunk_like(model, every_layer).eval()
         self.modules = dict(self.model.named_modules())
-        for module in self.modules.values():  # The proof is run in training mode too.
+        # The proof runs in training mode too, and dropout would make two runs differ.
+        for module in self.modules.values():
             if isinstance(module, DROPOUTS):
                 module.p = 0.0
         try:
@@ -153,10 +159,10 @@ class SmallCopy:
             ) from error
 
     def record(self, from_embedding: bool = True) -> None:
-        """Run the copy once, and note what is called.
+        """Run the copy once, and record the calls of its modules.
 
         Args:
-            from_embedding: the stream starts at the embedding's output, or else at what the first layer is given.
+            from_embedding: whether the stream starts at the embedding's output; if not, at the first layer's input.
         """
         recorder = Recorder(self, from_embedding)
         recorder.run()
@@ -166,13 +172,15 @@ class SmallCopy:
 
 
 class Recorder:
-    """The recording of one forward of a small copy: a hook before and after each module, and `OwnOperations` between them.
+    """The recording of one forward of a small copy: a hook before and after each module, and `OwnOperations` between
+    them.
 
     Attributes:
         calls: module name → its first call.
         open_calls: `(name, args, kwargs)` of the modules whose forward is running, outermost first.
-        linears: module name → its call's `linears`. A linear layer ends before whoever calls it has a `Call`.
-        operations: what the modules' own forwards did.
+        linears: module name → the `linears` of its call. They are collected here, because a linear layer's forward ends
+            before the module that calls it has a `Call`.
+        operations: the operations in the modules' own forwards.
         calls_loss_function: whether the model called its `loss_function`.
     """
 
@@ -211,8 +219,8 @@ class Recorder:
                 self.calls[name].linears = linears
 
     def stream_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the layers, or the modules that the layers are in, own themselves. They are laid out for the
-        stream, so the stream may be put together with them."""
+        """The parameters that the layers, or the modules around the layers, own themselves. They are laid out for the
+        stream, so the stream may be combined with them."""
         for stem in self.stems:
             layers = stem[:-1]
             parts = layers.split(".")
@@ -225,14 +233,16 @@ class Recorder:
         if f"{name.rpartition('.')[0]}." in self.stems:
             self.operations.layers_began = True
             self.operations.follow(first_tensor([*args, *kwargs.values()]))
-        elif module is self.head:  # Logits are no stream.
+        elif module is self.head:
+            # Logits are not part of the stream.
             self.operations.is_on = False
 
     def after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.operations.pass_on([*args, *kwargs.values()], output)
         if module is self.embedding and self.from_embedding:
             self.operations.follow(output)
-        _, args, kwargs = self.open_calls.pop()  # As it was given them: the module may have written into its own.
+        # These are copies from before the call, because the module may have written into its arguments.
+        _, args, kwargs = self.open_calls.pop()
         if (found := first_tensor(output)) is None:
             return
         if name not in self.calls:
@@ -242,7 +252,7 @@ class Recorder:
             self.note_linear(name, args[0], found)
 
     def note_linear(self, name: str, given: Tensor, output: Tensor) -> None:
-        """Tell every module whose first call is running that the linear layer `name` inside it was called."""
+        """Record the linear layer `name` in `linears` of every module around it whose first call is running."""
         for outer, args, kwargs in self.open_calls:
             if outer not in self.calls and name.startswith(outer):
                 streams = Call(args, kwargs, output).streams
@@ -255,13 +265,15 @@ class Recorder:
 
 
 class OwnOperations(TorchFunctionMode):
-    """Notes the operations on tensors along the sequence, with the module in whose own forward they are.
+    """Records the operations on tensors along the sequence, with the module in whose own forward they run.
 
     Attributes:
         found: module name and operation, in order.
-        stream: id → tensor, of the tensors that the stream is in. They are kept alive, so that no other gets the id of one.
-        layers_began: whether the first layer was called. is_on: whether the head was not yet.
-        reader: the module, if any, that takes rows of the embedding's weight beside the embedding.
+        stream: id → tensor, for the tensors that hold the stream. They are kept alive, so that no other tensor gets
+            their id.
+        layers_began: whether the first layer was called.
+        is_on: True until the head is called.
+        reader: the name of the module, if any, whose own forward indexes the embedding's weight.
     """
 
     def __init__(self, open_calls: list[tuple[str, tuple, dict]], embedding: nn.Module):
@@ -272,11 +284,11 @@ class OwnOperations(TorchFunctionMode):
         self.reader: str | None = None
 
     def follow(self, tensor: Tensor) -> None:
-        """From now on, the stream is in `tensor`."""
+        """Mark `tensor` as holding the stream from now on."""
         self.stream[id(tensor)] = tensor
 
     def pass_on(self, given: list, output: Any) -> None:
-        """The stream is in `output` if it is in one of `given`."""
+        """Mark the first tensor of `output` as holding the stream if one of `given` does."""
         if any(id(x) in self.stream for x in given) and (first := first_tensor(output)) is not None:
             self.follow(first)
 
@@ -302,7 +314,7 @@ class OwnOperations(TorchFunctionMode):
 
 
 def detached(x: Any) -> Any:
-    """Tensors copied, for a module may write into what it was given; all else as it is."""
+    """Copy the tensors in `x`, because a module may write into its arguments. Everything else is kept as it is."""
     if isinstance(x, Tensor):
         return x.detach().clone()
     if isinstance(x, tuple):
@@ -316,8 +328,7 @@ def detached(x: Any) -> Any:
 
 @contextlib.contextmanager
 def aside() -> Iterator[None]:
-    """On the CPU, whatever device the model is made on; the caller's random numbers stay; and transformers has things to say
-    of a random copy that nobody needs to hear."""
+    """Run on the CPU, keep the caller's random state, and silence transformers' warnings about a random copy."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

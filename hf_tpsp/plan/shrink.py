@@ -1,8 +1,8 @@
 """A small random copy of an architecture: widths and counts reduced, the structure kept.
 
-Kept are: the ratio of query to key/value heads (up to 4; one kv head stays one), tied or not, experts (4) and how many a
-token takes (2), a layer of each kind in the order of first appearance, MLA's two ranks, sliding windows (shorter than a
-test's sequence), flags, multipliers and activation functions.
+The copy keeps: the ratio of query to key/value heads (up to 4; one kv head stays one), whether weights are tied,
+experts (4) and experts per token (2), one layer of each kind in the order of first appearance, MLA's two ranks, sliding
+windows (shorter than a test's sequence), flags, multipliers and activation functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ HEAD_DIM, ROPE_DIM, EXPERTS, VOCABULARY, LENGTH, WINDOW = 16, 8, 4, 131, 128, 8
 
 
 LARGEST = 3_000_000
-"""Elements of a copy. One that has more was not shrunk: a size goes by a name that is not known here."""
+"""The most elements that a parameter of a copy may have. One with more was not shrunk: its size has a name unknown
+here."""
 
 
 CONFIG_HEADS = (*HEADS, *OTHER_HEADS)
@@ -52,7 +53,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("ple_embed_dim",), 64), "heads_per_ngram": 2, "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 4,
     "block_multiple_of": 8, "rel_extent": 16, "conv_kernel_size": 4,
 }  # fmt: skip
-"""Field of a config → its size in the copy. One that is smaller already, or None, stays as it is."""
+"""Field of a config → its size in the copy. A field that is smaller already, or None, stays as it is."""
 
 
 OF_LAYERS: dict[str, int] = {
@@ -62,10 +63,10 @@ OF_LAYERS: dict[str, int] = {
                      "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval"), 2),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "max_window_layers"), 1),
 }  # fmt: skip
-"""Those that say which layer is of which kind."""
+"""The fields that say which layer is of which kind, and their values in the copy."""
 
 
-# What the name of a feed-forward layer's width ends in.
+# The endings of config fields that give the width of a feed-forward layer.
 FEED_FORWARD_NAMES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "inner_dim", "n_inner", "dim_ff", "dff", "d_inner",
                       "intermediate_size_mlp", "feed_forward_size", "emb_dim")  # fmt: skip
 
@@ -75,10 +76,10 @@ FILLED = ("head_dim", "n_shared_experts", "num_key_value_heads", "n_routed_exper
 
 
 def shrunk_config(config: PreTrainedConfig, every_layer: bool = False) -> PreTrainedConfig:
-    """A copy of `config` with small sizes, and of what it is made of.
+    """A copy of `config` with small sizes, its sub-configs included.
 
     Args:
-        every_layer: keep as many layers, each of its kind, instead of one of each kind.
+        every_layer: keep all layers, each of its kind, instead of one of each kind.
     """
     values = config.to_dict()
     _shrink(values, every_layer)
@@ -108,7 +109,8 @@ def _shrink(values: dict[str, Any], every_layer: bool) -> None:
     small_hidden = small_heads * HEAD_DIM
 
     head_dim, rope_dim = values.get("head_dim"), values.get("qk_rope_head_dim")
-    if stack := values.pop("num_layers_per_stack", None):  # the other number follows from it
+    # The config derives its total number of layers from the number per stack.
+    if stack := values.pop("num_layers_per_stack", None):
         values["num_hidden_layers"] = stack
     layers = _first(values, LAYERS) or 2
     kept = list(range(layers)) if every_layer else _kept_layers(values, layers)
@@ -142,7 +144,8 @@ def _shrink(values: dict[str, Any], every_layer: bool) -> None:
         elif name.endswith("_token_id"):
             values[name] = min(value, 2)
 
-    if values.get("head_dim") and values.get("qk_rope_head_dim"):  # names the rotary part, or the whole
+    # With MLA, `head_dim` is the size of the rotary part in some configs, and of the whole head in others.
+    if values.get("head_dim") and values.get("qk_rope_head_dim"):
         values["head_dim"] = (
             ROPE_DIM if head_dim == rope_dim else ROPE_DIM + values.get("qk_nope_head_dim", HEAD_DIM - ROPE_DIM)
         )
@@ -158,7 +161,7 @@ def _shrink(values: dict[str, Any], every_layer: bool) -> None:
 
 
 def _per_layer(values: dict[str, Any]) -> dict[str, Any]:
-    """What one layer has in place of the others' sizes: wider heads stay wider."""
+    """Shrink the sizes that one layer overrides. Its heads are wider than the other layers' in the copy too."""
     small = {"head_dim": 2 * HEAD_DIM, "global_head_dim": 2 * HEAD_DIM}
     return {
         n: small.get(n, min(v, SIZES[n]) if n in SIZES else v)
@@ -168,7 +171,8 @@ def _per_layer(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept_layers(values: dict, layers: int) -> list[int]:
-    """The first layer of each kind, by the fields that list something of every layer; two at least."""
+    """The first layer of each kind, judged by the config's lists with one entry per layer; up to 6 layers, at least
+    two."""
     lists = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == layers > 1]
     if not lists:
         return list(range(min(layers, 4 if OF_LAYERS.keys() & values.keys() else 2)))
@@ -181,10 +185,10 @@ def shrunk_like(model: PreTrainedModel, every_layer: bool = False) -> PreTrained
     """A small random copy of `model`, of its own class.
 
     Args:
-        every_layer: with as many layers.
+        every_layer: keep as many layers as the model has.
 
     Raises:
-        ValueError: it cannot be built from a smaller config, or a size of it does not follow the config.
+        ValueError: the copy cannot be built from a smaller config, or one of its sizes does not follow the config.
     """
     return shrunk_model(model.config, type(model), every_layer=every_layer)
 
@@ -198,7 +202,8 @@ def shrunk_model(
     vocabulary: int = VOCABULARY,
     every_layer: bool = False,
 ) -> PreTrainedModel:
-    """A random model of `shrunk_config(config)`, with no parameter at a neutral start where a wrong gradient could hide.
+    """A random model of `shrunk_config(config)`. No parameter keeps a neutral initial value that could hide a wrong
+    gradient.
 
     Args:
         cls: the model's class; by default the auto class's choice.
@@ -218,7 +223,8 @@ def shrunk_model(
                 f"{largest} would have {elements[largest]:,} elements in it. Add the size that it follows to `SIZES` in "
                 "hf_tpsp/plan/shrink.py"
             )
-        small._attn_implementation = small._experts_implementation = "eager"  # grouped kernels have no fp64
+        # Grouped kernels have no fp64.
+        small._attn_implementation = small._experts_implementation = "eager"
         model = build(small)
     except Exception as error:
         raise ValueError(
@@ -228,7 +234,7 @@ def shrunk_model(
 
 
 def randomize(model: PreTrainedModel) -> PreTrainedModel:
-    """Norms, biases and whatever starts at zero, away from their start."""
+    """Move norms, biases and all (nearly) constant parameters away from their initial values."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2:

@@ -1,11 +1,12 @@
-"""What became of a layout that was tried, in words."""
+"""The outcome of a layout that was tried, and its description."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-LIMIT = 1e-4  # Relative, in fp32: a wrong layout is off by as much as the output itself.
+# The largest relative difference of a proof, in fp32. A wrong layout is off by as much as the output itself.
+LIMIT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,11 @@ class Trial:
 
     Attributes:
         owner: the class of the block.
-        layout: the rules that were tried, by name inside the block; "" is the block.
-        off_by: `evaluation` and `training` → how far what the ranks computed was from what the whole block computes: the norm of
-            the difference, over the norm of the whole's output. After one that is too far, no other is tried.
-        error: what the layout ended in, if there was nothing to compare.
-        place: the line that raised it, of the code that is neither torch's nor hf_tpsp's: `modeling_doge.py:288`.
+        layout: the rules that were tried, by name inside the block; "" is the block itself.
+        off_by: `evaluation` and `training` → the norm of the difference between the ranks' result and the whole block's
+            output, over the norm of that output. After a mode that is over `LIMIT`, the other is not run.
+        error: the error that the layout ended in, if there was nothing to compare; else empty.
+        place: the line outside torch and hf_tpsp that raised the error: `modeling_doge.py:288`.
     """
 
     owner: str
@@ -44,16 +45,19 @@ class Trial:
 
 
 def brief(layout: dict[str, str]) -> str:
-    """A layout in one line: the block's own rule, and what is split in it: `split; colwise q_proj, k_proj; rowwise o_proj`."""
+    """A layout in one line: the block's own rule, and the rules inside it:
+    `split; colwise q_proj, k_proj; rowwise o_proj`."""
     named: dict[str, list[str]] = {}
     for name, rule in layout.items():
-        if name and rule not in ("replicated_partial", "replicated", "activation"):  # Those are whole on every rank.
+        # These rules split nothing, so they are left out.
+        if name and rule not in ("replicated_partial", "replicated", "activation"):
             named.setdefault(rule, []).append(name)
     return "; ".join([layout[""], *(f"{rule} {', '.join(names)}" for rule, names in named.items())])
 
 
 def why_not(trials: Iterable[Trial]) -> str:
-    """Why none of `trials` was taken: of the one that came closest, how far it was off; else the first one's error."""
+    """Why none of `trials` was taken: how far the closest one was off, or the first one's error if all ended in
+    errors."""
     trials = [trial for trial in trials if not trial.adds_up]
     if not trials:
         return "no layout is known for it"

@@ -35,8 +35,9 @@ def apply_plan(model: PreTrainedModel, plan: dict[str, str], tp: TensorParallel,
 def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
     """Count the gradient of an MoE model's auxiliary loss once in its routers, instead of once for each rank.
 
-    All ranks compute the same auxiliary loss from the logits that the decoder returns, but the gradients of a router inside a
-    split block are summed over the ranks (`ReplicatedPartial`). So each rank contributes its share of that gradient.
+    All ranks compute the same auxiliary loss from the logits that the decoder returns, but the gradients of a router
+    inside a split block are summed over the ranks (`ReplicatedPartial`). So each rank contributes its share of that
+    gradient.
     """
     routers = [m for m in model.modules() if isinstance(style_of(m), SplitBlock) and any(_routers(m))]
     if not routers:
@@ -44,7 +45,8 @@ def share_router_logits(model: PreTrainedModel, tp_size: int) -> None:
 
     def share(module: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(output, dict) and output.get("router_logits") is not None:
-            # The logits that a split block returned beside its output are marked, because their gradient is shared already.
+            # The logits that a split block returned beside its output are marked, because their gradient is shared
+            # already.
             shared = (x if hasattr(x, "_tpsp_shared") else OneShare.apply(x, tp_size) for x in output["router_logits"])
             output["router_logits"] = tuple(shared)
 

@@ -1,6 +1,7 @@
 """The layouts: one class for each role a module can play.
 
-A decoder layer has two `Block`s, the token mixer and the MLP. Each has one *region*, between a gather and a reduce-scatter:
+A decoder layer has two `Block`s, the token mixer and the MLP. Each has one *region*, between a gather and a
+reduce-scatter:
 
     residual stream ──norm──▶ gather ──▶ colwise ──▶ (local heads) ──▶ rowwise ──▶ reduce-scatter ──▶ residual stream
       Shard(1)              all-gather                              partial                             Shard(1)
@@ -14,9 +15,10 @@ With `sequence_parallel=False` the same classes leave the stream a plain replica
 reduce-scatter is one all-reduce instead.
 
 Gradients. A column- or row-sharded weight gets its whole gradient on the rank that owns it. A *replicated* parameter
-(norms, q_norm/k_norm, routers, the bias of a row-parallel layer) sees a part of the sequence or of the heads on each rank, so
-its local gradient is partial. `ReplicatedGradients` sums the partial gradients over the TP ranks, once per backward. In a
-block that every rank computes whole (`WholeBlock`), each rank has the whole gradient, and nothing is summed.
+(norms, q_norm/k_norm, routers, the bias of a row-parallel layer) sees a part of the sequence or of the heads on each
+rank, so its local gradient is partial. `ReplicatedGradients` sums the partial gradients over the TP ranks, once per
+backward. In a block that every rank computes whole (`WholeBlock`), each rank has the whole gradient, and nothing is
+summed.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from .gradients import ReplicatedGradients
 
 
 def parts_read_by(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside `module` whose parameters `module` makes plain at its entry. Each must have its style already."""
+    """The modules inside `module` whose parameters `module` makes plain at its entry. Each must have its style
+    already."""
     for child in module.children():
         style = style_of(child)
         if style is None or not style.reads_parts:
@@ -67,7 +70,8 @@ class TensorParallel:
 class Style:
     """How a module's parameters are laid out over the TP ranks, and what happens around its forward.
 
-    A style belongs to one module, and gets all of its arguments in `__init__`. A subclass overrides some of these methods:
+    A style belongs to one module, and gets all of its arguments in `__init__`. A subclass overrides some of these
+    methods:
 
         method              runs when                         returns, or does                                      overridden by
         placement           parameters are cut                a DTensor placement on the TP mesh dim                whatever splits weights
@@ -77,9 +81,9 @@ class Style:
         run                 in each forward                   the module's output, collectives included             most
         simulate_rank       in the proof (`plan/prove.py`)    makes of a plain module what it is on one rank        where `run` does more than compute
 
-    Training uses `run`, and the proof uses `simulate_rank`: `tests/styles/test_contract.py` checks that the two agree for each
-    style. `forward_collective` and `backward_collective` name the collectives on the activations, for the table that
-    `hf-tpsp plan` prints. A bias on an input whose features are split over the ranks, for example:
+    Training uses `run`, and the proof uses `simulate_rank`: `tests/styles/test_contract.py` checks that the two agree
+    for each style. `forward_collective` and `backward_collective` name the collectives on the activations, for the
+    table that `hf-tpsp plan` prints. A bias on an input whose features are split over the ranks, for example:
 
         class ColumnBias(Style):
             def placement(self, module: nn.Module, name: str, param: Tensor) -> Placement:
@@ -88,7 +92,8 @@ class Style:
     Args:
         config: the sizes of the mesh, and the choices made on it.
         arguments: the part of the plan's rule after the colon (`colwise_packed:64,64`); each subclass names its own.
-        parameter_rules: the plan's rules for single parameters of the module, by name: `shard:0`, `shard_packed:1,2`, `share`.
+        parameter_rules: the plan's rules for single parameters of the module, by name: `shard:0`, `shard_packed:1,2`,
+            `share`.
     """
 
     forward_collective = "-"
@@ -96,7 +101,8 @@ class Style:
     splits_features = False
     """Whether a linear layer's input or output features are split over the ranks."""
     is_read_by_owner = False
-    """Whether the block or layer around the module makes its parameters plain, because they may be read without a call of it."""
+    """Whether the block or layer around the module makes its parameters plain, because they may be read without a call
+    of it."""
     reads_parts = False
     """Whether the module makes the parameters of the `is_read_by_owner` modules inside it plain."""
 
@@ -114,7 +120,8 @@ class Style:
         return f"{type(self).__name__}(forward: {self.forward_collective}, backward: {self.backward_collective}{rules})"
 
     def of_copy(self, original: nn.Module) -> Style:
-        """The style for a copy of `original` that FSDP does not manage (peft's `modules_to_save`). `self` is `original`'s style."""
+        """The style for a copy of `original` that FSDP does not manage (peft's `modules_to_save`). `self` is
+        `original`'s style."""
         made = copy.copy(self)
         made.outside_fsdp, made.original = True, original
         return made
@@ -144,7 +151,8 @@ class Style:
                 module._parameters[name] = nn.Parameter(value, requires_grad=param.requires_grad)
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        """Wrap `module.forward` in `run`. The modules inside already have their styles, which need not be installed yet."""
+        """Wrap `module.forward` in `run`. The modules inside already have their styles, which need not be installed
+        yet."""
         self.adjust(module, tp.rank, tp.size)
         inner = module.forward
 
@@ -159,7 +167,8 @@ class Style:
         module.forward = forward
 
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
-        """Return the output of `module` for `args` and `kwargs`. `inner` is its own forward, which needs plain local parameters."""
+        """Return the output of `module` for `args` and `kwargs`. `inner` is its own forward, which needs plain local
+        parameters."""
         with self.local_parameters(module, tp):
             return inner(*args, **kwargs)
 
@@ -174,7 +183,8 @@ class Style:
         self.adjust(module, rank, size)
 
     def as_partial(self, name: str, value: Tensor, size: int) -> Tensor:
-        """The value that this rank computes with for parameter `name`, chosen so that the outputs of `size` ranks add up.
+        """The value that this rank computes with for parameter `name`, chosen so that the outputs of `size` ranks add
+        up.
 
         `value` is what the rank holds of the parameter.
         """

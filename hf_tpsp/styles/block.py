@@ -40,8 +40,8 @@ from .stream import Norm
 def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
     """Apply `function` to `x` if it is a tensor, or to all tensors in its nested lists, tuples and dicts, in order.
 
-    This is a top-level function, because a recursive closure would keep the tensors it has seen alive until Python's garbage
-    collector runs.
+    This is a top-level function, because a recursive closure would keep the tensors it has seen alive until Python's
+    garbage collector runs.
     """
     if isinstance(x, Tensor):
         return function(x)
@@ -72,13 +72,15 @@ class ReplicatedPartial(Norm):
 
 
 class Replicated(Style):
-    """Parameters inside a block, or beside the layers, that every rank uses alike, so each rank has the whole gradient."""
+    """Parameters inside a block, or beside the layers, that every rank uses alike, so each rank has the whole
+    gradient."""
 
     is_read_by_owner = True
 
 
 class Activation(Style):
-    """An activation function inside a region. Its output is not kept for backward, but computed from its input again."""
+    """An activation function inside a region. Its output is not kept for backward, but computed from its input
+    again."""
 
     def run(self, module: nn.Module, inner: Callable, tp: TensorParallel, args: tuple, kwargs: dict) -> Any:
         if (scope := current_scope()) is None:
@@ -104,13 +106,13 @@ class Activation(Style):
 class Block(Style):
     """A token mixer or MLP, from its entry to its exit. Inside are plain tensors of the whole sequence.
 
-    All arguments that carry the stream, positional or keyword, are gathered; the first tensor of the output goes back to the
-    stream. While the block runs, its own parameters and those of the modules in `inside` are plain tensors.
+    All arguments that carry the stream, positional or keyword, are gathered; the first tensor of the output goes back
+    to the stream. While the block runs, its own parameters and those of the modules in `inside` are plain tensors.
 
     Args:
-        variants: `heads` and `widths`: the module and its config hold this rank's share of these sizes, because its forward
-            reads them; `residual`: a second stream that the module adds to its output is added once, not by each rank;
-            `groups`: ranks share kv heads, so `num_key_value_groups` is set for one rank.
+        variants: `heads` and `widths`: the module and its config hold this rank's share of these sizes, because its
+            forward reads them; `residual`: a second stream that the module adds to its output is added once, not by
+            each rank; `groups`: ranks share kv heads, so `num_key_value_groups` is set for one rank.
 
     Attributes:
         inside: the modules whose parameters are made plain at the entry.
@@ -172,8 +174,9 @@ class Block(Style):
     ) -> tuple[tuple, dict, Tensor | None]:
         """Apply `enter` to every stream in `args` and `kwargs`, nested ones too. Return both, and the first stream.
 
-        With `marked`, the streams are the DTensors sharded over the sequence, if there are any. Otherwise the first floating
-        tensor is a stream (arguments come before tensors inside a list or dict), and so is every tensor of its shape.
+        With `marked`, the streams are the DTensors sharded over the sequence, if there are any. Otherwise the first
+        floating tensor is a stream (arguments come before tensors inside a list or dict), and so is every tensor of its
+        shape.
         """
         inside: list[Tensor] = []
         map_tensors(inside.append, (args, kwargs))
@@ -208,8 +211,8 @@ class Block(Style):
     def exit(self, output: Any, stream: Tensor | None, mesh: DeviceMesh) -> Any:
         """Return `output` with its first tensor back in the layout of `stream`, `[batch, seq, …]`.
 
-        If `stream` is plain (a script that calls the block itself), that tensor is plain and whole. A partial tensor never
-        leaves the block unreduced.
+        If `stream` is plain (a script that calls the block itself), that tensor is plain and whole. A partial tensor
+        never leaves the block unreduced.
         """
         if not isinstance(output, Tensor):
             if isinstance(output, dict):
@@ -232,7 +235,8 @@ class Block(Style):
         return ReduceFromRegion.apply(partial, mesh)
 
     def write_back(self, entered: list[tuple[Tensor, Tensor, int]], mesh: DeviceMesh) -> None:
-        """If the block wrote into an argument, copy the result into the caller's tensor, as would happen in one process.
+        """If the block wrote into an argument, copy the result into the caller's tensor, as would happen in one
+        process.
 
         Args:
             entered: for each stream, `(stream, the tensor that the block was given for it, that tensor's version)`.
@@ -245,8 +249,8 @@ class Block(Style):
             written = self.written(full, mesh, isinstance(stream, DTensor))
             if not torch.is_grad_enabled() or not stream.requires_grad:
                 written = written.detach()
-            # A plain stream shares its memory with what the block wrote into: the values do not change here, so the tensors
-            # that autograd saved stay valid.
+            # A plain stream shares its memory with what the block wrote into: the values do not change here, so the
+            # tensors that autograd saved stay valid.
             shared = contextlib.nullcontext() if isinstance(stream, DTensor) else autograd.keep_version(stream)
             with shared:
                 stream.copy_(written)
@@ -263,8 +267,8 @@ class Block(Style):
 class SplitBlock(Block):
     """A block that is split: each rank computes a partial output.
 
-    Forward: all-gather, reduce-scatter. Backward: all-gather, reduce-scatter, and with `regather_inputs` the all-gather of
-    the input once more, for the weights' gradients. (Without SP: all-reduce, all-reduce.)
+    Forward: all-gather, reduce-scatter. Backward: all-gather, reduce-scatter, and with `regather_inputs` the all-gather
+    of the input once more, for the weights' gradients. (Without SP: all-reduce, all-reduce.)
     """
 
     def __init__(self, config: TPSPConfig, *variants: str, **given: Any):

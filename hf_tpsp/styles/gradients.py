@@ -21,15 +21,16 @@ class ReplicatedGradients:
     """Sums the partial gradients of replicated parameters over the TP ranks: one all-reduce per backward.
 
     The sum is taken at the end of `backward`, after FSDP has reduced over data parallelism (sums commute), in one flat
-    buffer for the whole model. Gradients that existed before this backward are set aside meanwhile and added back, so that
-    accumulating over several backwards counts each of them once. A backward under FSDP's
+    buffer for the whole model. Gradients that existed before this backward are set aside meanwhile and added back, so
+    that accumulating over several backwards counts each of them once. A backward under FSDP's
     `set_requires_gradient_sync(False)` leaves no `.grad`, so nothing is reduced until a backward that leaves one.
 
     Adapters, which FSDP does not manage, are also averaged over data parallelism here, in one more all-reduce for each
     data-parallel dim. Their partial gradients are kept outside `.grad` until then.
 
-    If a script computes something from a parameter itself (a penalty on the weights), every rank has that whole gradient, and
-    it is not summed. A hook from `register_post_accumulate_grad_hook` is called once the sum is in `.grad`.
+    If a script computes something from a parameter itself (a penalty on the weights), every rank has that whole
+    gradient, and it is not summed. A hook from `register_post_accumulate_grad_hook` is called once the sum is in
+    `.grad`.
 
     Attributes:
         once_reduced: called after each backward, until it returns True.
@@ -61,7 +62,8 @@ class ReplicatedGradients:
         self._sums.append((module, name))
 
     def register_adapter(self, module: nn.Module, name: str, is_sum: bool) -> None:
-        """Average the gradient of a parameter that FSDP does not manage over data parallelism; if `is_sum`, sum it over TP too."""
+        """Average the gradient of a parameter that FSDP does not manage over data parallelism; if `is_sum`, sum it over
+        TP too."""
         self._adapters.append((module, name))
         if is_sum:
             self.register(module, name)
@@ -85,7 +87,8 @@ class ReplicatedGradients:
         return list(unique.values())
 
     def computes_model(self) -> bool:
-        """Whether the model's forward is running, or is recomputed in backward. If not, a script calls a module by itself."""
+        """Whether the model's forward is running, or is recomputed in backward. If not, a script calls a module by
+        itself."""
         return self.depth > 0 or autograd.in_backward()
 
     def summed(self) -> list[nn.Parameter]:
@@ -113,8 +116,8 @@ class ReplicatedGradients:
         """Schedule the reduction for the end of the running backward. Called when its first partial gradient arrives.
 
         A backward may run others inside it (reentrant checkpointing), whose gradients belong to the outer one. Autograd
-        holds the callback until the outer backward ends, with or without an exception, so a live callback means that the
-        backward is still running.
+        holds the callback until the outer backward ends, with or without an exception, so a live callback means that
+        the backward is still running.
         """
         if self._armed is not None and self._armed() is not None:
             return
@@ -130,8 +133,9 @@ class ReplicatedGradients:
                 self._set_aside.append((param, param.grad))
                 param.grad = None
             if id(param) not in own and param.requires_grad:
-                # FSDP writes its reduced gradient into `.grad` directly. A gradient that autograd brings here comes from the
-                # script's own use of `param`, and is whole on every rank: divided, the ranks' shares add up to it.
+                # FSDP writes its reduced gradient into `.grad` directly. A gradient that autograd brings here comes
+                # from the script's own use of `param`, and is whole on every rank: divided, the ranks' shares add up to
+                # it.
                 self._handles.append(param.register_hook(lambda grad: grad / self.mesh.size()))
             if hooks := autograd.take_accumulate_hooks(param):
                 self._hooks.append((param, hooks))
@@ -201,8 +205,8 @@ def _all_reduce(grads: list[Tensor], group: dist.ProcessGroup, average: bool = F
 class _LocalReplica(torch.autograd.Function):
     """Replicated DTensor → local tensor.
 
-    Backward labels the partial gradient `Replicate()`, so that DTensor does not reduce it before the end of backward. The
-    partial gradient of an adapter is kept for the sum instead.
+    Backward labels the partial gradient `Replicate()`, so that DTensor does not reduce it before the end of backward.
+    The partial gradient of an adapter is kept for the sum instead.
     """
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""Linear layers inside a block, split over their output or their input features, and convolutions over their channels."""
+"""Linear layers inside a block, split over their output or their input features, and convolutions over their
+channels."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class Colwise(Style):
 
     Attributes:
         width: the output features of the whole layer, where `adjust` has set the module's own number to this rank's.
-        rows: the indices of the output features that this rank uses, where these are not the contiguous part that DTensor
-            gives it.
+        rows: the indices of the output features that this rank uses, where these are not the contiguous part that
+            DTensor gives it.
     """
 
     splits_features = True
@@ -51,13 +52,15 @@ class Colwise(Style):
         return rows
 
     def gather_features(self, local: Tensor, module: nn.Module, mesh: DeviceMesh, gradient: Placement) -> Tensor:
-        """This rank's output features → the output features of all ranks. `gradient` is the placement of the result's gradient."""
+        """This rank's output features → the output features of all ranks. `gradient` is the placement of the result's
+        gradient."""
         out = sharded_features(local, self.width or features(module)[1], mesh)
         return out.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
 
 
 class Depthwise(Colwise):
-    """A depthwise convolution split over its channels: weight `[channels, 1, kernel]` and bias. Input and output local; no collective."""
+    """A depthwise convolution split over its channels: weight `[channels, 1, kernel]` and bias. Input and output local;
+    no collective."""
 
     is_read_by_owner = True
 
@@ -69,8 +72,8 @@ class Depthwise(Colwise):
 class ColwisePacked(Colwise):
     """Projections of equal width packed in one linear layer (gate and up): each is split over its own output features.
 
-    Written `colwise_packed:n,n` in a plan, with the width of each part. The bias is replicated, and each rank takes its own
-    elements of it. No collective.
+    Written `colwise_packed:n,n` in a plan, with the width of each part. The bias is replicated, and each rank takes its
+    own elements of it. No collective.
     """
 
     def __init__(self, config: TPSPConfig, *parts: str, **given: Any):
@@ -100,13 +103,14 @@ class ColwisePacked(Colwise):
 
 
 class ColwiseGathered(Colwise):
-    """A linear layer split over its output features, whose output is gathered. Each rank then uses all of it, or a part.
+    """A linear layer split over its output features, whose output is gathered. Each rank then uses all of it, or a
+    part.
 
-    `colwise_gathered`, without arguments, gives each rank the whole output, for a forward that mixes all features, such as a
-    norm over all heads. `colwise_gathered:q,k,v` lists the widths of packed projections that no DTensor placement can split
-    (query, key and value with fewer kv heads), and gives each rank its features of each projection. A width `n@h` is a
-    projection of `h` heads, fewer than there are ranks: each rank takes the head that its query heads use, and several ranks
-    share one.
+    `colwise_gathered`, without arguments, gives each rank the whole output, for a forward that mixes all features, such
+    as a norm over all heads. `colwise_gathered:q,k,v` lists the widths of packed projections that no DTensor placement
+    can split (query, key and value with fewer kv heads), and gives each rank its features of each projection. A width
+    `n@h` is a projection of `h` heads, fewer than there are ranks: each rank takes the head that its query heads use,
+    and several ranks share one.
     Forward: all-gather (of the layer's output). Backward: reduce-scatter.
     """
 
@@ -133,7 +137,8 @@ class ColwiseGathered(Colwise):
 
 
 class ColwiseWhole(Colwise):
-    """A linear layer inside a block that every rank computes whole: split over its output features, its output gathered.
+    """A linear layer inside a block that every rank computes whole: split over its output features, its output
+    gathered.
 
     Forward: all-gather (of the layer's output). Backward: all-reduce (of its input's gradient).
     """

@@ -64,15 +64,16 @@ class _LeftOut:
 
 
 _Packed = tuple[_LeftOut, torch.Size, tuple[int, ...], int | torch.SymInt]
-"""What autograd keeps for a view of a tensor that was left out: the `_LeftOut`, and the view's shape, stride and offset."""
+"""What autograd keeps for a view of a tensor that was left out: the `_LeftOut`, and the view's shape, stride and
+offset."""
 
 
 class RecomputeScope(saved_tensors_hooks):
     """A context for a block's forward, in which autograd does not save the tensors given to `leave_out`."""
 
     def __init__(self) -> None:
-        # The keys are storages, which stay alive as long as this scope. The integer is the tensor's version when it was left
-        # out; an in-place operation raises the version.
+        # The keys are storages, which stay alive as long as this scope. The integer is the tensor's version when it was
+        # left out; an in-place operation raises the version.
         self._known: dict[int, tuple[_LeftOut, Tensor, int]] = {}
         super().__init__(self._pack, self._unpack)
 

@@ -1,4 +1,5 @@
-"""The styles on the residual stream: the embedding, the entry of a layer, parameters used on the stream, and the norms."""
+"""The styles on the residual stream: the embedding, the entry of a layer, parameters used on the stream, and the
+norms."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class Embedding(Style):
     """Vocabulary-sharded lookup into the stream. Weight Shard(0).
 
     Each rank looks up the ids it owns and leaves zeros for the rest; the sum over ranks is the embedding.
-    Forward: reduce-scatter. Backward: all-gather. (Without SP, or `embedding:plain`, for a model that computes between the
-    embedding and the first layer: all-reduce, none.)
+    Forward: reduce-scatter. Backward: all-gather. (Without SP, or `embedding:plain`, for a model that computes between
+    the embedding and the first layer: all-reduce, none.)
 
     Attributes:
         start: the first id that this rank owns.
@@ -73,8 +74,8 @@ class Embedding(Style):
 class Stream(Style):
     """Parameters that a decoder layer or the model owns itself, and uses on the stream.
 
-    On a sharded stream they stay DTensors, like the stream. Without SP a pre-forward hook makes them plain, and a forward
-    hook puts the DTensors back. These are hooks for the same reason as in `Enter`.
+    On a sharded stream they stay DTensors, like the stream. Without SP a pre-forward hook makes them plain, and a
+    forward hook puts the DTensors back. These are hooks for the same reason as in `Enter`.
     """
 
     reads_parts = True
@@ -120,8 +121,8 @@ class Enter(Stream):
                 return x
             return slice_sequence(x, tp.mesh)
 
-        # This is a hook and no wrapped forward, because transformers checkpoints a layer only if its class's own forward is
-        # called.
+        # This is a hook and no wrapped forward, because transformers checkpoints a layer only if its class's own
+        # forward is called.
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             # A layer that the script calls by itself takes plain tensors and returns plain ones.
             if not tp.gradients.computes_model():
@@ -153,8 +154,9 @@ class Norm(Style):
         local = to_local(x) if isinstance(x, DTensor) else x
         with self.local_parameters(module, tp):
             if type(self) is Norm and self.sequence_parallel and not isinstance(x, DTensor):
-                # Every rank has the whole sequence here (a script calls the norm itself, or all layers of the model were
-                # dropped). So all ranks have the same gradient of the parameters, and each contributes its share to the sum.
+                # Every rank has the whole sequence here (a script calls the norm itself, or all layers of the model
+                # were dropped). So all ranks have the same gradient of the parameters, and each contributes its share
+                # to the sum.
                 for name, value in module._parameters.items():
                     if isinstance(value, Tensor) and value.requires_grad:
                         module._parameters[name] = OneShare.apply(value, tp.size)
