@@ -34,7 +34,6 @@ def ranks():
     """The session's rank pool: `ranks.run(world_size, function, …)`."""
     pool = RankPool(
         preload=[
-            "plans",
             "trl.trainer.dpo_trainer",
             "trl.trainer.sft_trainer",
             "transformers.models.qwen2.modeling_qwen2",

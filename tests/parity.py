@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from dataclasses import replace
 
 import models
 import torch
@@ -49,13 +48,8 @@ def compare(
     steps: int = 3,
     frozen: tuple[str, ...] = (),
     settings: dict | None = None,
-    check: str = "off",
 ) -> Errors:
-    """Largest relative errors: of the loss, over all gradients, over the weights after `steps` of AdamW.
-
-    `check`: the witness, which compares on its own what is compared here, has its own tests.
-    """
-    config = replace(config, check=check)
+    """Largest relative errors: of the loss, over all gradients, over the weights after `steps` of AdamW."""
     with KeepFp64() if dtype == torch.float64 else contextlib.nullcontext():
         return _compare(
             model_type, config, dtype, length, tied, load, padding, packed, accumulate, steps, frozen, settings or {}
@@ -87,4 +81,4 @@ def _compare(model_type, config, dtype, length, tied, load, padding, packed, acc
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(not name.endswith(frozen) if frozen else True)
 
-    return train_beside(reference, model, [data] * steps, config, mesh, norms=True)
+    return train_beside(reference, model, [data] * steps, config, mesh, clip=1.0)

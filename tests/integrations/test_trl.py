@@ -74,8 +74,8 @@ def run_script(work: str, out: str, data: str, dp_size: int, options: list[str])
 
     arguments = [
         "sft.py", "--model_name_or_path", f"{work}/model", "--dataset_name", f"{work}/{data}", "--output_dir", out,
-        "--max_steps", "6", "--per_device_train_batch_size", str(4 // dp_size), "--max_length", "64", "--seed", "0",
-        "--per_device_eval_batch_size", str(4 // dp_size), "--eval_strategy", "steps", "--eval_steps", "3",
+        "--max_steps", "10", "--per_device_train_batch_size", str(4 // dp_size), "--max_length", "64", "--seed", "0",
+        "--per_device_eval_batch_size", str(4 // dp_size), "--eval_strategy", "steps", "--eval_steps", "5",
         "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--logging_steps", "1", "--report_to", "none",
         "--save_strategy", "no", "--dtype", "float32", "--bf16", "false", "--use_cpu", "--disable_tqdm", "true",
         "--gradient_checkpointing", "false", "--attn_implementation", "eager", *options,
@@ -130,7 +130,7 @@ def test_unmodified_script(ranks, work, tmp_path, case):
     else:
         assert read == 0, "the whole head never runs"
     # Without a number of items, each rank's mean counts alike, as in plain data parallelism.
-    assert_equal_logs(found, expected, LOGGED, 6, {})
+    assert_equal_logs(found, expected, LOGGED, 10, {})
     assert_equal_logs(found, expected, EVALUATED, 2, {"eval_loss": 1e-2})
     assert_equal_weights(tmp_path)
 
@@ -209,13 +209,13 @@ def test_trainer(ranks, work, tmp_path, case):
 
 
 def test_packed_rows_over_many_epochs(ranks, work, tmp_path):
-    """Packed rows in another order in each of 3 epochs, whose number does not divide by the batch. accelerate then fills up
+    """Packed rows in another order in each of 4 epochs, whose number does not divide by the batch. accelerate then fills up
     the last batch of an epoch with rows of the first one, so that the reference is plain data parallelism (DDP)."""
-    options = {"packing": True, "max_steps": -1, "num_train_epochs": 3}
+    options = {"packing": True, "max_steps": -1, "num_train_epochs": 4}
     expected = ranks.run(2, as_ddp, work, str(tmp_path / "one"), "text", 2, options, {}, rows=17)[0]
     found = ranks.run(4, on_mesh, run_trainer, work, str(tmp_path / "mesh"), "text", 2, options, {}, rows=17)[0]
     steps = sum("loss" in entry for entry in expected)
-    assert steps == 15 and expected[steps - 1]["epoch"] == 3
+    assert steps == 20 and expected[steps - 1]["epoch"] == 4
     assert_equal_logs(found, expected, LOGGED, steps, {})
     assert_equal_weights(tmp_path)
 

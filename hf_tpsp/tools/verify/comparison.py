@@ -163,7 +163,7 @@ def train_beside(
     mesh: DeviceMesh,
     *,
     sums: bool = True,
-    norms: bool = False,
+    clip: float | None = None,
     rounding: bool = False,
     every_gradient: bool = False,
 ) -> Errors:
@@ -172,7 +172,7 @@ def train_beside(
     Args:
         steps: the micro-batches of each optimizer step, whose gradients accumulate.
         sums: whether the loss is a sum over `num_items_in_batch`, or else a mean.
-        norms: compare the norm of all gradients too, as clipping to it would.
+        clip: the norm to clip gradients to.
         every_gradient: compare the gradients of every step, not of the first alone.
     """
     # Adam would step at random where a gradient is only rounding (a key's bias). eps keeps such weights still.
@@ -193,12 +193,11 @@ def train_beside(
         errors.add("loss", relative_number(total.item() / (config.tp_size if sums else config.world_size), expected))
         if step == 0 or every_gradient:
             compare_gradients(reference, model, errors, rounding)
-        if norms:
-            expected_norm, found_norm = (
-                float(full(torch.nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None])))
-                for part in (reference, model)
-            )
-            errors.add("norm", relative_number(found_norm, expected_norm))
+        if clip is not None:
+            norms = [
+                float(full(torch.nn.utils.clip_grad_norm_(part.parameters(), clip))) for part in (reference, model)
+            ]
+            errors.add("norm", relative_number(norms[1], norms[0]))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
