@@ -37,7 +37,7 @@ def stream_spec(mesh: DeviceMesh, shape: torch.Size, dtype: torch.dtype) -> DTen
 def all_gather_sequence(shard: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
     """Every rank's part `[batch, ceil(length / tp) or less, hidden]` → `[batch, length, hidden]`. One all-gather."""
     size, (batch, held) = mesh.size(), shard.shape[:2]
-    width = -(-length // size)
+    width = shard_width(length, size)
     if held < width:
         shard = _pad(shard, width - held)
     parts = all_gather(shard.contiguous(), mesh).unflatten(0, (size, batch))
@@ -50,7 +50,7 @@ def reduce_scatter_sequence(partial: Tensor, mesh: DeviceMesh) -> Tensor:
     """A partial tensor `[batch, length, hidden]` → this rank's part, along the sequence, of the sum. One
     reduce-scatter."""
     size, (batch, length) = mesh.size(), partial.shape[:2]
-    width = -(-length // size)
+    width = shard_width(length, size)
     if length < size * width:
         partial = _pad(partial, size * width - length)
     # For a batch of 1, `contiguous` makes no copy.

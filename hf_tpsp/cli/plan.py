@@ -11,7 +11,7 @@ from .mesh import add_mesh_arguments, mesh_config
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from ..config import TPSPConfig
     from ..rules import Plan
@@ -46,9 +46,11 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     from ..plan.planner import NothingToSplit, plan_for
+    from ..rules import wildcard
+    from ..tools.verify.verify import config_of
 
     config = mesh_config(args, sequence_parallel=not args.no_sequence_parallel)
-    model_config = read_config(args.path)
+    model_config = config_of(args.path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     try:
@@ -63,22 +65,11 @@ def run(args: argparse.Namespace) -> None:
     if args.why:
         for table in tables_of_trials(model, plan, args.why, config.tp_size):
             console.print(table)
-        notes = [note for note in notes if note.startswith(f"{block_of(args.why)} ")]
+        notes = [note for note in notes if note.startswith(f"{wildcard(args.why)} ")]
     else:
         console.print(table_of_rules(model, plan, config))
     for note in notes:
         console.print(f"- {note}")
-
-
-def read_config(source: str) -> PreTrainedConfig:
-    """The config of a model type of transformers, or of a checkpoint."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    from ..tools.verify.verify import COMPLETED
-
-    if source in CONFIG_MAPPING:
-        return CONFIG_MAPPING[source](**COMPLETED.get(source, {}))
-    return AutoConfig.from_pretrained(source)
 
 
 def table_of_rules(model: PreTrainedModel, plan: Plan, config: TPSPConfig) -> Table:
@@ -108,12 +99,6 @@ def table_of_rules(model: PreTrainedModel, plan: Plan, config: TPSPConfig) -> Ta
             if rule_for(full := f"{name}.{parameter}", plan) is not None:
                 add_row(full, "Parameter", "-", "-")
     return table
-
-
-def block_of(name: str) -> str:
-    from ..rules import wildcard
-
-    return wildcard(name)
 
 
 def tables_of_trials(model: PreTrainedModel, plan: Plan, name: str, tp_size: int) -> list[Table]:

@@ -66,7 +66,7 @@ class Calls:
             if fsdp2.is_before_first_forward(self.model):
                 # Without this check torch would fail in an assertion.
                 check_dtypes(self.model)
-            fsdp2.start_forward(self.model)
+            fsdp2.start_forward(self.model, [hidden.group for hidden in self.groups])
             for group in self.groups:
                 # A hidden group had no backward since its last forward, and its parameters may have been written to.
                 if group.is_hidden:

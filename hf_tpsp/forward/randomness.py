@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
+from ..collectives import shard_width
 from ..fingerprint import fingerprint
 from ..patching import WhileUsed
 from ..state import style_of
@@ -173,7 +174,7 @@ def _own_widths(module: nn.Module, size: int) -> frozenset[int]:
             sizes.add(style.width)
         if style is not None and style.splits_features:
             for width in sizes:
-                chunk = -(-width // size)
+                chunk = shard_width(width, size)
                 own |= {chunk, width - chunk * (size - 1)}
         whole |= sizes
     return frozenset(own - whole)

@@ -13,7 +13,7 @@ from ..config import TPSPConfig
 from ..forward.options import check_dtypes
 from ..patching import swap
 from ..sharding import set_mixed_precision
-from ..state import Parallelized, is_parallelized, parallelized_model
+from ..state import is_parallelized, parallelized_model, record_of
 from . import prepare, registry, session
 from .trainer import check_accelerator, check_parameters
 
@@ -46,8 +46,7 @@ class TPSPCallback(TrainerCallback):
         registry.install(session.current() or install(self.config), args)
         if not is_parallelized(model):
             registry.shard(model, self.config)
-        inner = parallelized_model(model)
-        done: Parallelized = inner._tpsp
+        inner, done = parallelized_model(model), record_of(model)
         check_accelerator(done.config)
         if done.config.compile and args.gradient_checkpointing:
             # The config's own check raises, and says why the two do not go together.

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
-from ..collectives import SEQUENCE, all_gather, all_gather_sequence, reduce_scatter_sequence
+from ..collectives import SEQUENCE, all_gather, all_gather_sequence, reduce_scatter_sequence, shard_width
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes of a chunk's fp32 logits on one rank. This is large enough for efficient matrix products (2,048 tokens of a
@@ -79,7 +79,7 @@ class ChunkedHead:
     @property
     def rows_per_rank(self) -> int:
         """Rows on each rank, in DTensor's way of sharding unevenly: the last ranks may have fewer."""
-        return -(-self.vocab_size // self.mesh.size())
+        return shard_width(self.vocab_size, self.mesh.size())
 
     def gather(self, hidden: Tensor) -> Tensor:
         """Local hidden states → the hidden states of all tokens, `[tokens, hidden]`."""

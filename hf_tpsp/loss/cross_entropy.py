@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
-from ..collectives import SEQUENCE
+from ..collectives import SEQUENCE, shard_width
 from ..upstream.torch.autograd import without_inference_mode
 from ..upstream.torch.dtensor import loss_parallel
 from ..vocabulary import require_inside
@@ -97,7 +97,7 @@ def _smooth(
     Its gradient is that of nll plus `e * (onehot_y - 1 / vocab)`. One all-reduce of `[2, tokens]`.
     """
     columns = local_logits.shape[1]
-    start = -(-vocab_size // mesh.size()) * mesh.get_local_rank()
+    start = shard_width(vocab_size, mesh.size()) * mesh.get_local_rank()
     valid = labels != ignore_index
     local = labels - start
     owned = (local >= 0) & (local < columns) & valid

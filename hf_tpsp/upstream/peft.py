@@ -32,9 +32,8 @@ def _patch_features(original: Callable) -> Callable:
 
 def _patch_save_pretrained(original: Callable) -> Callable:
     """peft 0.21 (peft_model.py, `save_pretrained`) cannot save a DTensor: it asks for the address of its storage, and
-    there is none.
-    Collective here: every rank calls it, and the first writes the ordinary adapter folder. Delete when it gathers
-        DTensors."""
+    there is none. Collective here: every rank calls it, and the first writes the ordinary adapter folder. Delete when it
+    gathers DTensors."""
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):

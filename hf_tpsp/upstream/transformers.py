@@ -135,9 +135,8 @@ def _whole_missing_parameters(model: PreTrainedModel) -> Iterator[None]:
     state was another gets it back.
 
     transformers 5.23 (modeling_utils.py, `_initialize_missing_keys`) initialises them as DTensors, and every rank's
-    shard gets
-    the same numbers: half of a vocabulary would be a copy of the other half. Delete when each shard gets numbers of its
-    own, alike on all meshes.
+    shard gets the same numbers: half of a vocabulary would be a copy of the other half. Delete when each shard gets
+    numbers of its own, alike on all meshes.
     """
     missing = [
         (module, name, param)

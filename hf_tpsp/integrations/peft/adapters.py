@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from ...config import TPSPConfig
 from ...forward import randomness
 from ...sharding import shard
-from ...state import cut_whole_tensors, full_state_dict, parallelized_model
+from ...state import cut_whole_tensors, full_state_dict, parallelized_model, record_of
 from ...styles.base import Style, TensorParallel
 from .layouts import adapter_layouts, copy_layouts
 
@@ -114,13 +114,11 @@ def shard_adapters(model: PeftModel) -> None:
         ValueError: an adapter that is not LoRA or DoRA on a linear layer inside the decoder layers; a copy of anything
             but the embedding, the head or a norm.
     """
-    base = parallelized_model(model)
+    base, record = parallelized_model(model), record_of(model)
     for config in model.peft_config.values():
         check_config(config)
     adapted, saved = _added(model)
-    layouts = [
-        layout for name, module in adapted.items() for layout in adapter_layouts(name, module, base._tpsp.config)
-    ]
+    layouts = [layout for name, module in adapted.items() for layout in adapter_layouts(name, module, record.config)]
     layouts += [layout for wrapper in saved.values() for layout in copy_layouts(wrapper)]
     owned = {id(p) for module in (adapted | saved).values() for p in module.parameters()}
     plain = [n for n, p in model.named_parameters() if not isinstance(p, DTensor) and id(p) not in owned]
@@ -130,12 +128,12 @@ def shard_adapters(model: PeftModel) -> None:
             "supports LoRA, rsLoRA and DoRA on the linear layers of the decoder layers, and modules_to_save."
         )
     mesh = next(p for p in base.parameters() if isinstance(p, DTensor)).device_mesh
-    tp = base._tpsp.tp
-    tp.gradients.average_over(base._tpsp.mesh)
+    tp = record.tp
+    tp.gradients.average_over(record.mesh)
     for module, style in layouts:
         _shard(module, style, mesh, tp)
     randomness.look_again()
-    base._tpsp = replace(base._tpsp, saved=saved_state_dict)
+    base._tpsp = replace(record, saved=saved_state_dict)
 
 
 def _shard(module: nn.Module, style: Style, mesh: DeviceMesh, tp: TensorParallel) -> None:

@@ -28,6 +28,7 @@ from ...api import parallelize
 from ...collectives import stream_spec
 from ...config import TPSPConfig
 from ...sharding import keep_fp32_masters
+from ...state import record_of
 from ...structure import decoder_layers
 from ...upstream.accelerate import cpu_state_of_its_own
 from ...upstream.torch.fake import FakeTensorMode, fake_world, sgd
@@ -151,7 +152,7 @@ def _floor(model: nn.Module, choices: TPSPConfig, job: Job) -> dict[tuple[str, s
         return {}
     master = next(model.parameters()).dtype.itemsize
     computed = 2 if choices.mixed_precision == "bf16" else master
-    sums = model._tpsp.tp.gradients.summed()
+    sums = record_of(model).tp.gradients.summed()
     replicated = sum(local_part(p).numel() for p in sums) * master
     tp = collective_floor(model.config, job.batch * job.seq, choices, computed, replicated)
     if choices.tp_size == 1:

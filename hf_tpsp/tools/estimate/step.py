@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...loss.chunked import ChunkedHead
 from ...patching import swapped
-from ...state import MESH_DIMS, parallelized_model
+from ...state import MESH_DIMS, parallelized_model, record_of
 from ...structure import decoder_layers
 from ...upstream.torch.fake import address, is_fake, told_apart
 from .floors import Traffic
@@ -199,7 +199,7 @@ def record_step(
         names.insert(-1, "embedding's backward and replicated gradients")
         marks.insert(-1, marks[-1])
     segments = _segments(memory, names, [*marks, end], gradients, len(layers))
-    mesh = inner._tpsp.mesh
+    mesh = record_of(inner).mesh
     # The batch check is over "world", unless one mesh dim has all ranks.
     dims = {frozenset(range(dist.get_world_size())): "world"}
     dims |= {frozenset(dist.get_process_group_ranks(mesh[dim].get_group())): dim for dim in MESH_DIMS}

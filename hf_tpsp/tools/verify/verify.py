@@ -28,7 +28,7 @@ from transformers.utils import logging
 from ...config import TPSPConfig
 from ...plan.shrink import shrunk_model
 from ...sharding import shard
-from ...state import style_of
+from ...state import record_of, style_of
 from ...structure import decoder_layers
 from ...styles.stream import Enter
 from ..ranks import RankPool
@@ -130,7 +130,7 @@ def compare(
                 parameter.zero_()
     shard(model, config)
     set_training(reference, model)
-    mesh, plan = model._tpsp.mesh, model._tpsp.plan
+    mesh, plan = record_of(model).mesh, record_of(model).plan
     vocabulary = reference.get_input_embeddings().num_embeddings
     ids = torch.randint(3, vocabulary, (2 * config.dp_size, length), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
@@ -192,11 +192,18 @@ def build(source: str, dtype: torch.dtype, vocabulary: int, settings: dict[str, 
             ) from error
 
 
+def config_of(source: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model type of transformers, or of a checkpoint folder, a config.json or a hub name."""
+    if source in CONFIG_MAPPING:
+        return CONFIG_MAPPING[source](**COMPLETED.get(source, {}))
+    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
 def read(source: str) -> tuple[PreTrainedConfig, type | None]:
     """Config and class of a model type of transformers, or of a folder, whose own code is trusted."""
+    config = config_of(source, trust_remote_code=True)
     if source in CONFIG_MAPPING:
-        return CONFIG_MAPPING[source](**COMPLETED.get(source, {})), None
-    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+        return config, None
     code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     return config, get_class_from_dynamic_module(code, source) if code else None
 

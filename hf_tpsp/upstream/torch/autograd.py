@@ -58,8 +58,7 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Have the running backward call `callback` at its end, after the callbacks that were queued before.
 
     torch 2.13 has no public way to queue one, though FSDP2 does it. Inside a callback, an operation on DTensors
-    crashes,
-    because it would need the engine that is running the callback: work on local tensors there.
+    crashes, because it would need the engine that is running the callback: work on local tensors there.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 

@@ -17,13 +17,8 @@ def fsdp_parameters(module: nn.Module) -> Iterator:
     torch 2.13 has no public way to reach a parameter's sharded form while it is gathered, nor to change the mixed
     precision policy after `fully_shard`. Delete with `set_mixed_precision` and `sharded_parameter` when it has.
     """
-    seen = set()
-    for child in module.modules():
-        if isinstance(child, FSDPModule):
-            for group in child._get_fsdp_state()._fsdp_param_groups:
-                if id(group) not in seen:
-                    seen.add(id(group))
-                    yield from group.fsdp_params
+    for group in fsdp_groups(module):
+        yield from group.fsdp_params
 
 
 def place_of(record) -> tuple[nn.Module, str]:
@@ -55,7 +50,9 @@ def sharded_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 def fsdp_groups(model: nn.Module) -> list:
     """FSDP2's groups (`FSDPParamGroup`) in `model`. The parameters of a group are gathered together."""
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    return [group for state in states for group in state._fsdp_param_groups]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    # Modules that were wrapped together have one state.
+    return list({id(group): group for group in groups}.values())
 
 
 class HiddenGroup:
@@ -105,8 +102,9 @@ def is_before_first_forward(model: nn.Module) -> bool:
     return model._get_fsdp_state()._is_root is None
 
 
-def start_forward(model: nn.Module) -> None:
-    """Prepare FSDP2's root `model` for a forward of it or of a part of it, also after a backward that raised.
+def start_forward(model: nn.Module, groups: list) -> None:
+    """Prepare FSDP2's root `model`, whose groups are `groups`, for a forward of it or of a part of it, also after a
+    backward that raised.
 
     torch 2.13 makes the first module that is called its root. After an exception it continues where it stopped, unless
     `reset_iter_state` is called. Delete each part of this when torch does it itself.
@@ -115,7 +113,7 @@ def start_forward(model: nn.Module) -> None:
     if is_before_first_forward(model):
         state._lazy_init()
     else:
-        follow_dtypes(model)
+        follow_dtypes(groups)
     # The callback was queued by a backward that raised, and so never ran. The gradients of that backward are dropped.
     if state._state_ctx.post_backward_final_callback_queued:
         for record in fsdp_parameters(model):
@@ -157,9 +155,10 @@ def _look_at_dtypes_again(group) -> None:
     group._init_mp_dtypes()
 
 
-def follow_dtypes(model: nn.Module) -> None:
-    """Have FSDP2 notice that a script has cast `model` since its last forward, or trains what was frozen until then."""
-    for group in fsdp_groups(model):
+def follow_dtypes(groups: list) -> None:
+    """Have FSDP2 notice that a script has cast the parameters in `groups` since their last forward, or trains what was
+    frozen until then."""
+    for group in groups:
         first, *_ = group.fsdp_params or [None]
         if first is None:
             continue
