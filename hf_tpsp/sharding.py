@@ -81,6 +81,7 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
             module.register_load_state_dict_pre_hook(cut_whole_tensors)
 
     dtensor.QUIET_REDISTRIBUTE.keep_for(model)
+    dtensor.SCALE_LISTS.keep_for(model)
     dtensor.AVERAGE_WHOLE_PARAMETERS.keep_for(model)
     dtensor.average_on(mesh)
     # These are set on the instance, so that models that hf_tpsp did not shard are never changed.

@@ -89,9 +89,19 @@ def _parsed(function) -> ast.AST | None:
 
 
 def _comparisons(function, real: nn.Module, small: nn.Module) -> Iterator[str]:
+    names, compared = _compared(function)
+    for node in compared:
+        sides = [_value(side, names, real, small) for side in (node.left, node.comparators[0])]
+        if None not in sides and _differs(OPERATORS[type(node.ops[0])], *sides):
+            yield ast.unparse(node)
+
+
+@functools.lru_cache(maxsize=512)
+def _compared(function) -> tuple[dict[str, ast.AST], list[ast.Compare]]:
+    """What the names in `function` are assigned, and its comparisons of two values, without those that only check."""
     tree = _parsed(function)
     if tree is None:
-        return
+        return {}, []
     names: dict[str, ast.AST] = {}
     skipped = set()
     for node in ast.walk(tree):
@@ -107,11 +117,15 @@ def _comparisons(function, real: nn.Module, small: nn.Module) -> Iterator[str]:
         # A check raises or logs something, and computes nothing.
         if checks or isinstance(node, ast.Assert):
             skipped.update(map(id, ast.walk(node.test)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare) and id(node) not in skipped and len(node.ops) == 1:
-            sides = [_value(side, names, real, small) for side in (node.left, node.comparators[0])]
-            if type(node.ops[0]) in OPERATORS and None not in sides and _differs(OPERATORS[type(node.ops[0])], *sides):
-                yield ast.unparse(node)
+    compared = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        and id(node) not in skipped
+        and len(node.ops) == 1
+        and type(node.ops[0]) in OPERATORS
+    ]
+    return names, compared
 
 
 def _value(node: ast.AST, names: dict[str, ast.AST], real: nn.Module, small: nn.Module, depth: int = 0) -> Any:

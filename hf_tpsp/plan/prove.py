@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
 
 from ..collectives import chunk_of
 from ..config import TPSPConfig
@@ -79,7 +80,7 @@ def try_norm(small: SmallCopy, name: str) -> Trial:
                 first = next(iter(kwargs))
                 kwargs[first] = given = chunk_of(kwargs[first], 1, rank, RANKS).clone()
             before = given.clone()
-            parts.append(_run(copy.deepcopy(whole), args, kwargs, training))
+            parts.append(_run(_copy_of(whole), args, kwargs, training))
             if not torch.equal(before, given):
                 raise ValueError("it writes into its input")
         return torch.cat(parts, dim=1)
@@ -99,7 +100,7 @@ def _trial(whole: nn.Module, layout: dict[str, str], call: Call, compute: Callab
                 expected = call.output
                 if training:
                     args, kwargs = copy.deepcopy((call.args, call.kwargs))
-                    expected = _run(copy.deepcopy(whole), args, kwargs, training)
+                    expected = _run(_copy_of(whole), args, kwargs, training)
         except Exception as error:
             if is_own_mistake(error):
                 raise
@@ -115,7 +116,7 @@ def _trial(whole: nn.Module, layout: dict[str, str], call: Call, compute: Callab
 
 def _term(whole: nn.Module, rules: dict[str, str], call: Call, rank: int, training: bool) -> Tensor:
     """The partial output that `rank` computes for the block `whole`."""
-    block = copy.deepcopy(whole)
+    block = _copy_of(whole)
     styles = simulate_rank(block, rules, rank)
     args, kwargs = copy.deepcopy((call.args, call.kwargs))
     args, kwargs, _ = styles[""].map_streams(args, kwargs, lambda x: x, RANKS, marked=False)
@@ -143,9 +144,17 @@ def is_parameter(module: nn.Module, name: str) -> bool:
     return False
 
 
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A deep copy of `module`, with the same config: a style that changes a size in it takes its own copy."""
+    held = [value for part in module.modules() for value in vars(part).values()]
+    return copy.deepcopy(module, {id(value): value for value in held if isinstance(value, PreTrainedConfig)})
+
+
 def _run(module: nn.Module, args: tuple, kwargs: dict[str, Any], training: bool) -> Tensor:
     """The first tensor that `module` returns. Every run draws the same random numbers."""
-    torch.manual_seed(0)
+    # The copy runs on the CPU. `torch.manual_seed` also seeds the devices, and where there are none it keeps the seed,
+    # and the stack of its caller, for each kind of device until one appears.
+    torch.default_generator.manual_seed(0)
     return first_tensor(module.train(training)(*args, **kwargs))
 
 

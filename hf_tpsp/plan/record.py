@@ -330,9 +330,13 @@ def detached(x: Any) -> Any:
 def aside() -> Iterator[None]:
     """Run on the CPU, keep the caller's random state, and silence transformers' warnings about a random copy."""
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    if before < logging.ERROR:
+        logging.set_verbosity_error()
+    # A device that is entered looks at every operation, so it is entered only where another one is the default.
+    elsewhere = torch.get_default_device().type != "cpu"
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu") if elsewhere else contextlib.nullcontext():
             yield
     finally:
-        logging.set_verbosity(before)
+        if before < logging.ERROR:
+            logging.set_verbosity(before)

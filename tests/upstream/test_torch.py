@@ -1,6 +1,7 @@
 """What torch does that hf_tpsp works around: each test passes as long as the defect is there, without any patch."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode, _clear_sharding_prop_cache
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.distributed.tensor.parallel.loss import _disable_custom_loss_ops
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from hf_tpsp.upstream.torch import dtensor
 
 from .worlds import world
 
@@ -129,6 +132,55 @@ def test_on_the_cpu_each_rank_draws_the_same_for_another_part():
             torch.manual_seed(0)
             drawn.append(sharded().uniform_().to_local().clone())
     assert drawn[0].equal(drawn[1])
+
+
+def calls_to_scale(length: int) -> int:
+    """How many Python functions run when a list of DTensors is scaled for the first time."""
+    _clear_sharding_prop_cache()
+    tensors, calls = [sharded(8) for _ in range(length)], 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        torch._foreach_mul_(tensors, torch.tensor(2.0))
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@still_needed("dtensor._scale_lists")
+def test_scaling_a_list_takes_a_time_that_is_quadratic_in_its_length():
+    with world(2):
+        few, more, most = (calls_to_scale(n) for n in (8, 40, 72))
+        # The second difference of what is linear would be zero.
+        assert most - more > 1.2 * (more - few)
+        undo = dtensor._scale_lists()
+        try:
+            few, more, most = (calls_to_scale(n) for n in (8, 40, 72))
+        finally:
+            undo()
+        assert most - more == more - few
+    _clear_sharding_prop_cache()
+
+
+def test_a_scaled_list_is_what_each_of_its_tensors_would_be():
+    with world(4):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+        local = torch.arange(8.0).view(2, 4)
+        layouts = ([Shard(0), Shard(0)], [Shard(1), Partial()], [Partial(), Partial()], [Replicate(), Shard(0)])
+        factors = [torch.tensor(3.0), distribute_tensor(torch.tensor(3.0), mesh, [Replicate()] * 2, src_data_rank=None)]
+        undo = dtensor._scale_lists()
+        try:
+            for factor in factors:
+                tensors = [DTensor.from_local(local.clone(), mesh, layout, run_check=False) for layout in layouts]
+                torch._foreach_mul_([*tensors, plain := local.clone()], factor)
+                assert all(tensor.to_local().equal(local * 3) for tensor in tensors) and plain.equal(local * 3)
+                assert [tensor.placements for tensor in tensors] == [tuple(layout) for layout in layouts]
+        finally:
+            undo()
 
 
 @still_needed("fake.fake_world")

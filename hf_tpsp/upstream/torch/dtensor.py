@@ -194,7 +194,29 @@ def draw_by_shard(own_stream: Callable[[int, torch.device], contextlib.AbstractC
     return swap((tensor_random, "_rng_tracker", lambda original: _DrawByShard(own_stream)))
 
 
+def _scale_lists() -> Callable[[], None]:
+    """torch 2.13 (tensor/_sharding_prop.py) looks at all tensors of a list once for each of them, to find how the result
+    is sharded. The first clipping of 480 gradients takes each rank 2 s for that. A list that is scaled by one number
+    keeps its layout whatever that is, so each rank scales what it has. Delete when the search takes a time that is
+    linear in the length of the list."""
+
+    def scale(op_call, args: tuple, kwargs: dict) -> None:
+        tensors, factor = args
+        if isinstance(factor, DTensor):
+            factor = factor.full_tensor()
+        if factor.dim():
+            for tensor in tensors:
+                tensor.mul_(factor)
+            return
+        op_call([x._local_tensor if isinstance(x, DTensor) else x for x in tensors], factor)
+
+    handlers, operation = DTensor._op_dispatcher._custom_op_handlers, torch.ops.aten._foreach_mul_.Tensor
+    handlers[operation] = scale
+    return lambda: handlers.pop(operation)
+
+
 QUIET_REDISTRIBUTE = WhileUsed(_quiet_redistribute)
+SCALE_LISTS = WhileUsed(_scale_lists)
 AVERAGE_WHOLE_PARAMETERS = WhileUsed(lambda: swap((DTensor, "full_tensor", _patch_full_tensor)))
 
 
