@@ -9,9 +9,20 @@ from accelerate.state import AcceleratorState, GradientState
 from hf_tpsp.tools.ranks import RankPool
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes: one has the pool of ranks and all that need it, the other does the rest
+    beside it."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if is_whole and config.getoption("numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = 2, "loadgroup"
+
+
 def pytest_collection_modifyitems(items):
     """`-m fast` is what starts no ranks on this machine and simulates none."""
     for item in items:
+        if "ranks" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
         starts_ranks = {"ranks", "work"} & set(item.fixturenames)
         simulates = item.module.__name__.rpartition(".")[2] in (
             "test_simulate",

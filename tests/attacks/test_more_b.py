@@ -219,7 +219,9 @@ def unfrozen(config: TPSPConfig, _) -> list[tuple[float, str]]:
 
 
 @pytest.mark.parametrize(
-    "case,what", [(changed_between, "mixed precision"), (changed_between, "cast"), (unfrozen, "")], ids=str
+    "case,what",
+    [(changed_between, "mixed precision"), (changed_between, "cast"), (unfrozen, "")],
+    ids=lambda x: getattr(x, "__name__", x),
 )
 def test_changes_between_forwards(ranks, case, what):
     for found in ranks.run(4, case, MESHES["2x2"], what):
