@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -44,16 +43,8 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[row], "labels": labels, "attention_mask": torch.ones_like(labels)}
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
 def train(
-    model, out: str, dp_size: int, *, resume=None, stop=None, callbacks=(), steps=6, cls=Trainer, given=None, adapter=None,
+    model, out: str, dp_size: int, *, resume=None, callbacks=(), steps=6, cls=Trainer, given=None, adapter=None,
     times=1, **options,
 ) -> list[dict]:  # fmt: skip
     """An ordinary script: arguments, model, Trainer, train, save. Returns the logged values.
@@ -73,7 +64,7 @@ def train(
         torch.manual_seed(5)
         model = get_peft_model(model, adapter)
     trainer = cls(
-        model=model, args=arguments, callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
+        model=model, args=arguments, callbacks=[*callbacks],
         **{"train_dataset": Rows(64, 1), "eval_dataset": Rows(24, 3), **(given or {})},
     )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]

@@ -38,13 +38,13 @@ from hf_tpsp import TPSPConfig
 
 
 def test_twenty_steps_interrupted_and_resumed(ranks, tiny, tmp_path):
-    """2x2 with accumulation, clipping, evaluation (before training too): equal to one process, and to itself resumed."""
+    """2x2 with accumulation, clipping, evaluation (before training too): equal to one process, and to itself resumed in
+    the middle."""
     expected = train(tiny, str(tmp_path / "one"), 1, steps=20)
     whole = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "whole"), steps=20)
     for log in whole:
         assert_equal_logs(log, expected)
-    ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "cut"), steps=20, stop=10)
-    checkpoint = str(tmp_path / "cut" / "checkpoint-10")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-10")
     resumed = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "cut"), steps=20, resume=checkpoint)
     resumed[0][0]["before"] = whole[0][0]["before"]  # evaluated before the checkpoint was read
     worst = differences(resumed[0], whole[0], first=11)
@@ -183,8 +183,9 @@ def test_lora_interrupted_and_resumed(ranks, tiny, tmp_path):
     whole[0]["before"], found = expected[0]["before"], whole
     assert_equal_logs(found, expected)
     assert_equal_weights(str(tmp_path / "whole"), str(tmp_path / "one"))
-    ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), stop=3)
-    resumed = ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), resume=str(tmp_path / "cut" / "checkpoint-3"))[0]
+    resumed = ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), resume=str(tmp_path / "whole" / "checkpoint-3"))[
+        0
+    ]
     worst = differences(resumed, whole, first=4)
     del worst["train_loss"], worst["before"]
     assert parity.largest(worst.values()) == 0

@@ -19,6 +19,7 @@ from hf_tpsp.sharding import shard
 from hf_tpsp.state import build_mesh
 from hf_tpsp.styles import stream
 from hf_tpsp.tools.verify import by_module
+from hf_tpsp.tools.verify import verify as verify_module
 from hf_tpsp.tools.verify.by_module import ModuleErrors, off_from, verdict
 from hf_tpsp.tools.verify.comparison import Errors, set_training
 from hf_tpsp.tools.verify.verify import Result, _on_rank, build, verify
@@ -181,7 +182,9 @@ def test_what_the_command_prints(ranks, capsys):
     assert "the parameters whose gradients are furthest off" in text and "--by-module says" in text
 
 
-def test_json(capsys):
+def test_json(ranks, monkeypatch, capsys):
+    monkeypatch.setattr(verify_module, "RankPool", lambda: ranks)
+    monkeypatch.setattr(ranks, "stop", lambda: None)
     main(["verify", "llama", "--by-module", "--json"])
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found["is_equal"] and found["forward_off_from"] == found["backward_off_from"] == ""
