@@ -66,5 +66,5 @@ class ShardedState:
 def by_layer(names: Iterable[str]) -> Iterator[list[str]]:
     """Parameters' names, those of a decoder layer together, and outside of the layers those of a module. Whatever
     transformers converts into one weight is in one layer."""
-    for _, names in itertools.groupby(names, lambda name: re.match(r".*?\.\d+\.|.*\.|", name).group()):
-        yield list(names)
+    for _, together in itertools.groupby(names, lambda name: re.match(r".*?\.\d+\.|.*\.|", name).group()):
+        yield list(together)

@@ -17,9 +17,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations import neftune
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from ..config import environment_flag
 from ..state import is_parallelized, record_of, saved_state_dict
+
+logger = logging.get_logger(__name__)
 
 
 def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) -> None:
@@ -31,6 +34,11 @@ def _write_beside_shards(trainer: transformers.Trainer, output_dir: str) -> None
     """Write into a checkpoint what it holds in one process, but for the weights of the whole model: the adapter if there
     is one, configs, tokenizer and arguments. `hf-tpsp export` takes them from there. Every rank must call it."""
     has_adapter = record_of(trainer.model).saved is not None
+    if trainer.args.should_save and not has_adapter:
+        logger.warning_once(
+            f"hf_tpsp: the checkpoints in {trainer.args.output_dir} hold the weights in shards. `hf-tpsp export checkpoint-N OUT` "
+            "makes a Hugging Face folder of one, from which a Trainer in one process resumes too."
+        )
     # `save_pretrained` of no weights writes no file of weights.
     trainer._save(output_dir, state_dict=saved_state_dict(trainer.model) if has_adapter else {})
 
