@@ -58,17 +58,20 @@ def export(
     _check(checkpoint, out)
     partial = out.with_name(f"{out.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial, ignore=lambda _, names: {*filter(_OF_THE_MESH.fullmatch, names)})
-    if not (partial / ADAPTER_CONFIG_NAME).exists():
-        model = _model_on_meta(partial, trust_remote_code)
-        weights = _converted(ShardedState(checkpoint / f"{FSDP_MODEL_NAME}_0"), model)
-        _write_weights(weights, partial, max_shard_size * 1e9, model.num_parameters())
-    if optimizer and (checkpoint / f"{OPTIMIZER_NAME}_0").exists():
-        _write_optimizer(ShardedState(checkpoint / f"{OPTIMIZER_NAME}_0"), partial / f"{OPTIMIZER_NAME}.pt")
-    _write_random_state(checkpoint / "rng_state_0.pth", partial / "rng_state.pth")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    try:
+        shutil.copytree(checkpoint, partial, ignore=lambda _, names: {*filter(_OF_THE_MESH.fullmatch, names)})
+        if not (partial / ADAPTER_CONFIG_NAME).exists():
+            model = _model_on_meta(partial, trust_remote_code)
+            weights = _converted(ShardedState(checkpoint / f"{FSDP_MODEL_NAME}_0"), model)
+            _write_weights(weights, partial, max_shard_size * 1e9, model.num_parameters())
+        if optimizer and (checkpoint / f"{OPTIMIZER_NAME}_0").exists():
+            _write_optimizer(ShardedState(checkpoint / f"{OPTIMIZER_NAME}_0"), partial / f"{OPTIMIZER_NAME}.pt")
+        _write_random_state(checkpoint / "rng_state_0.pth", partial / "rng_state.pth")
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check(checkpoint: Path, out: Path) -> None:

@@ -36,11 +36,18 @@ def _write_beside_shards(trainer: transformers.Trainer, output_dir: str) -> None
     has_adapter = record_of(trainer.model).saved is not None
     if trainer.args.should_save and not has_adapter:
         logger.warning_once(
-            f"hf_tpsp: the checkpoints in {trainer.args.output_dir} hold the weights in shards. `hf-tpsp export checkpoint-N OUT` "
-            "makes a Hugging Face folder of one, from which a Trainer in one process resumes too."
+            "hf_tpsp: checkpoints hold the weights in shards. `hf-tpsp export checkpoint-N OUT` makes a Hugging Face folder of one, "
+            "from which a Trainer in one process resumes too."
         )
-    # `save_pretrained` of no weights writes no file of weights.
-    trainer._save(output_dir, state_dict=saved_state_dict(trainer.model) if has_adapter else {})
+    # `save_pretrained` of no weights writes no file of weights, which its bar for them would say.
+    state_dict = saved_state_dict(trainer.model) if has_adapter else {}
+    has_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        trainer._save(output_dir, state_dict=state_dict)
+    finally:
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def _patch_save_model(original):
