@@ -21,13 +21,20 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import safe_globals
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from ..upstream.torch.serialization import save_without_data, write_at
 from .sharded import ShardedState, by_layer
 
-# What the ranks have written, each its part, and what only holds of that.
-_OF_THE_MESH = re.compile(rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})_\d+|rng_state_\d+\.pth|hf_tpsp_manifest\.json")
+# What the ranks have written, in shards or, under FULL_STATE_DICT, whole; and what only holds of that.
+_OF_THE_MESH = re.compile(
+    rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})(_\d+|\.bin)|rng_state_\d+\.pth|hf_tpsp_manifest\.json"
+)
 
 
 def export(
@@ -60,12 +67,16 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(checkpoint, partial, ignore=lambda _, names: {*filter(_OF_THE_MESH.fullmatch, names)})
-        if not (partial / ADAPTER_CONFIG_NAME).exists():
+        if not _holds_weights(partial):
             model = _model_on_meta(partial, trust_remote_code)
             weights = _converted(ShardedState(checkpoint / f"{FSDP_MODEL_NAME}_0"), model)
             _write_weights(weights, partial, max_shard_size * 1e9, model.num_parameters())
-        if optimizer and (checkpoint / f"{OPTIMIZER_NAME}_0").exists():
-            _write_optimizer(ShardedState(checkpoint / f"{OPTIMIZER_NAME}_0"), partial / f"{OPTIMIZER_NAME}.pt")
+        sharded, whole = checkpoint / f"{OPTIMIZER_NAME}_0", checkpoint / f"{OPTIMIZER_NAME}.bin"
+        if optimizer and sharded.exists():
+            _write_optimizer(ShardedState(sharded), partial / f"{OPTIMIZER_NAME}.pt")
+        elif optimizer and whole.exists():
+            saved = torch.load(whole, weights_only=True, mmap=True)
+            torch.save(_numbered(saved["state"], saved["param_groups"]), partial / f"{OPTIMIZER_NAME}.pt")
         _write_random_state(checkpoint / "rng_state_0.pth", partial / "rng_state.pth")
         if out.exists():
             out.rmdir()
@@ -77,20 +88,25 @@ def export(
 def _check(checkpoint: Path, out: Path) -> None:
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not a folder.")
-    if not (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
+    if not any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")):
         raise ValueError(
             f"{checkpoint} has no {FSDP_MODEL_NAME}_0 in it, so it is not a checkpoint of the mesh. Export takes a folder "
             "checkpoint-N that a Trainer has saved under hf_tpsp."
         )
-    has_adapter = (checkpoint / ADAPTER_CONFIG_NAME).exists()
-    needed = ADAPTER_SAFE_WEIGHTS_NAME if has_adapter else "config.json"
-    if not (checkpoint / needed).exists():
+    if not _holds_weights(checkpoint) and not (checkpoint / "config.json").exists():
         raise ValueError(
-            f"{checkpoint} has no {needed}, which an export copies. Copy the model's config.json and tokenizer into it, or, "
-            "of an adapter, its adapter_config.json and adapter_model.safetensors."
+            f"{checkpoint} has neither an adapter nor a config.json. Copy the model's config.json and tokenizer into it, or the "
+            f"{ADAPTER_CONFIG_NAME} and {ADAPTER_SAFE_WEIGHTS_NAME} of an adapter."
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder. Name another, or delete it.")
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether a checkpoint of the mesh holds weights as Hugging Face has them: an adapter, whose folder bears its name if
+    it has one, or, under FULL_STATE_DICT, the model."""
+    names = (ADAPTER_SAFE_WEIGHTS_NAME, f"*/{ADAPTER_SAFE_WEIGHTS_NAME}", SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return any(any(folder.glob(name)) for name in names)
 
 
 def _model_on_meta(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
@@ -154,32 +170,37 @@ def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, li
 
 
 def _write_optimizer(state: ShardedState, path: Path) -> None:
-    """Write the optimizer's state as `torch.save(optimizer.state_dict())` in one process does: parameters are numbers, in
-    the order of the parameter groups."""
+    """Write the optimizer's state as `torch.save(optimizer.state_dict())` in one process does."""
     groups: dict[int, dict[str, Any]] = {}
     for (_, index, key), value in state.read(path for path in state if path[0] == "param_groups").items():
         groups.setdefault(index, {})[key] = value
-    ordered = [groups[index] for index in sorted(groups)]
-    names = [name for group in ordered for name in group["params"]]
-    numbers = {name: number for number, name in enumerate(names)}
     entries: dict[str, list[tuple]] = {}
     for entry in state:
         if entry[0] == "state":
             entries.setdefault(entry[1], []).append(entry)
-    saved = {
-        "state": {
-            numbers[name]: {entry[2]: _stand_in(state, entry) for entry in entries[name]}
-            for name in names
-            if name in entries
-        },
-        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in ordered],
-    }
-    places = save_without_data(saved, path)["state"]
+    ordered = [groups[index] for index in sorted(groups)]
+    stand_ins = {name: {entry[2]: _stand_in(state, entry) for entry in own} for name, own in entries.items()}
+    places = save_without_data(_numbered(stand_ins, ordered), path)["state"]
+    numbers = _numbers(ordered)
     with path.open("r+b") as file:
-        for layer in by_layer(name for name in names if name in entries):
+        for layer in by_layer(name for name in numbers if name in entries):
             tensors = [entry for name in layer for entry in entries[name] if state.like(entry) is not None]
             for (_, name, key), value in state.read(tensors).items():
                 write_at(file, places[numbers[name]][key], value)
+
+
+def _numbers(groups: list[dict[str, Any]]) -> dict[str, int]:
+    """Parameters' names → their numbers in one process: they are counted in the order of the parameter groups."""
+    return {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
+
+
+def _numbered(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state dict of an optimizer in one process, of one in which parameters go by their names."""
+    numbers = _numbers(groups)
+    return {
+        "state": {number: state[name] for name, number in numbers.items() if name in state},
+        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+    }
 
 
 def _stand_in(state: ShardedState, entry: tuple) -> Any:

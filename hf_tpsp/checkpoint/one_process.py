@@ -14,20 +14,23 @@ import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch.distributed.tensor import distribute_tensor
 from transformers.trainer_pt_utils import safe_globals
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-_RANDOM_STATE = "rng_state.pth"
+_OPTIMIZER, _RANDOM_STATE = f"{OPTIMIZER_NAME}.pt", "rng_state.pth"
 
 
 def is_of_the_mesh(folder: Path) -> bool:
-    """Whether the ranks have each saved their shards in `folder`."""
+    """Whether ranks have saved the checkpoint in `folder`."""
     return any(folder.glob(f"{FSDP_MODEL_NAME}*"))
 
 
-def is_of_one_process(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint of one process, `hf-tpsp export`'s included."""
-    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
-    return not is_of_the_mesh(folder) and any((folder / name).exists() for name in weights)
+def is_whole(folder: Path) -> bool:
+    """Whether ranks have saved it under `FULL_STATE_DICT`, rank 0 all of it."""
+    return any(folder.glob(f"{FSDP_MODEL_NAME}*.bin"))
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Whether one process has saved an optimizer's state in `folder`."""
+    return (folder / _OPTIMIZER).exists()
 
 
 def load_optimizer(optimizer: Any, folder: Path) -> None:
@@ -39,7 +42,7 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
     Raises:
         ValueError: the optimizer that was saved has other parameters.
     """
-    path = folder / f"{OPTIMIZER_NAME}.pt"
+    path = folder / _OPTIMIZER
     # The file is mapped and not read: a rank takes from it what it keeps.
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     counts = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]

@@ -1,12 +1,15 @@
-"""The Trainer's `resume_from_checkpoint` on the mesh, of a checkpoint that one process has saved; and the other way round."""
+"""The Trainer's `resume_from_checkpoint` takes what is in the folder: what one process has saved, or the ranks, in shards or
+whole."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+from accelerate import FullyShardedDataParallelPlugin
 from transformers import Trainer
 from transformers import trainer as trainer_module
 
@@ -39,10 +42,12 @@ def install_in_one_process() -> Callable[[], None]:
 def _load_model(original: Callable) -> Callable:
     @functools.wraps(original)
     def load_fsdp_model(fsdp_plugin, accelerator, model, input_dir, *args, **kwargs):
-        if not is_parallelized(model) or not one_process.is_of_one_process(Path(input_dir)):
+        if not is_parallelized(model):
             return original(fsdp_plugin, accelerator, model, input_dir, *args, **kwargs)
-        load_weights(model, input_dir)
-        return None
+        if not one_process.is_of_the_mesh(Path(input_dir)):
+            return load_weights(model, input_dir)
+        with _as_saved(fsdp_plugin, Path(input_dir)):
+            return original(fsdp_plugin, accelerator, model, input_dir, *args, **kwargs)
 
     return load_fsdp_model
 
@@ -50,7 +55,7 @@ def _load_model(original: Callable) -> Callable:
 def _load_files(original: Callable) -> Callable:
     @functools.wraps(original)
     def load_sharded_checkpoint(model, folder, *args, **kwargs):
-        if not is_parallelized(model) or not one_process.is_of_one_process(Path(folder)):
+        if not is_parallelized(model):
             return original(model, folder, *args, **kwargs)
         load_weights(model, folder)
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
@@ -61,11 +66,25 @@ def _load_files(original: Callable) -> Callable:
 def _load_optimizer(original: Callable) -> Callable:
     @functools.wraps(original)
     def load_fsdp_optimizer(fsdp_plugin, accelerator, optimizer, model, input_dir, *args, **kwargs):
-        if not is_parallelized(model) or not one_process.is_of_one_process(Path(input_dir)):
+        if is_parallelized(model) and one_process.has_optimizer(Path(input_dir)):
+            return one_process.load_optimizer(optimizer, Path(input_dir))
+        with _as_saved(fsdp_plugin, Path(input_dir)) if is_parallelized(model) else contextlib.nullcontext():
             return original(fsdp_plugin, accelerator, optimizer, model, input_dir, *args, **kwargs)
-        return one_process.load_optimizer(optimizer, Path(input_dir))
 
     return load_fsdp_optimizer
+
+
+@contextlib.contextmanager
+def _as_saved(plugin: FullyShardedDataParallelPlugin, folder: Path) -> Iterator[None]:
+    """While inside, accelerate's setting is the one that `folder` was saved under, whichever this run saves under."""
+    names = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+    before = {name: getattr(plugin, name) for name in names}
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT" if one_process.is_whole(folder) else "SHARDED_STATE_DICT")
+    try:
+        yield
+    finally:
+        vars(plugin).update(before)
 
 
 def _load_random_state(original: Callable) -> Callable:

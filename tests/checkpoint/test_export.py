@@ -111,7 +111,7 @@ def test_as_one_process_saves(model_type, tmp_path, monkeypatch):
 
 def remove_config(checkpoint, out):
     (checkpoint / "config.json").unlink()
-    return "has no config.json"
+    return "has neither an adapter nor a config.json"
 
 
 def fill_out(checkpoint, out):

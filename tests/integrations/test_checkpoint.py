@@ -1,10 +1,15 @@
 """The short form of recipes/resume_matrix.py: weights and AdamW's state, from mesh to mesh, from and to one process."""
 
 import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import hf_tpsp
+from hf_tpsp.tools.verify.verify import build
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # last: it has a parity.py too
 import resume_matrix
@@ -27,10 +32,34 @@ def test_resumes_elsewhere(ranks, model, mesh, tmp_path):
     assert "model.safetensors" not in holds
 
 
+def train_whole(*args):
+    """`resume_matrix.train` with checkpoints that rank 0 writes whole."""
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    return resume_matrix.train(*args)
+
+
+def test_a_checkpoint_is_loaded_as_it_was_saved(ranks, tmp_path):
+    """Saved whole: it holds the model, exports, and goes on in a run that saves shards."""
+    model, whole, exported = str(tmp_path / "model"), str(tmp_path / "whole"), str(tmp_path / "exported")
+    build("qwen2", torch.float32, 132, {}).save_pretrained(model)
+    first = ranks.run(2, train_whole, "1x1x2", model, False, whole)[0]
+    assert {path.name for path in Path(whole, "checkpoint-2").iterdir()} >= {
+        "model.safetensors",
+        "pytorch_model_fsdp.bin",
+    }
+    sharded = str(tmp_path / "sharded")
+    again = ranks.run(2, resume_matrix.train, "1x1x2", model, False, sharded, f"{whole}/checkpoint-2")[0]
+    assert resume_matrix.compare(again, first) == (0, 0)
+    assert Path(sharded, "checkpoint-4", "pytorch_model_fsdp_0").is_dir()
+    hf_tpsp.export(f"{whole}/checkpoint-2", exported)
+    loaded, last = resume_matrix.compare(
+        resume_matrix.train(None, model, False, str(tmp_path / "one"), exported), first
+    )
+    assert loaded == 0 and last <= resume_matrix.LIMIT
+
+
 def test_nan_is_a_difference():
     """In a matrix, a state that is no number is never as it was saved."""
-    import torch
-
     bad, good = {"w": torch.tensor([math.nan])}, {"w": torch.ones(1)}
     found = resume_matrix.compare({"loaded": bad, "step 4": bad}, {"step 2": good, "step 4": good})
     assert not any(value <= math.inf for value in found)
