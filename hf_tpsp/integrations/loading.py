@@ -155,14 +155,15 @@ def load_weights(model: nn.Module, folder: str) -> None:
     undo = install(record_of(model).config)
     try:
         loaded, found = fsdp2.plain_class(inner).from_pretrained(
-            folder, config=inner.config, dtype=inner.dtype, output_loading_info=True
+            folder, config=inner.config, dtype=inner.dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     finally:
         undo()
-    if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+    reshaped = (name for name, *_ in found["mismatched_keys"])
+    if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"], *reshaped}):
         raise ValueError(
             f"{folder} has not the weights of this {inner._get_name()}: {', '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more' if wrong[3:] else ''} are in one of them only."
+            f"{f' and {len(wrong) - 3} more' if wrong[3:] else ''} are missing, unknown or of another shape."
         )
     with torch.no_grad():
         values = loaded.state_dict()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_tpsp
+from hf_tpsp.integrations.loading import load_weights
 from hf_tpsp.tools.verify.verify import build
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # last: it has a parity.py too
@@ -56,6 +58,28 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(ranks, tmp_path):
         resume_matrix.train(None, model, False, str(tmp_path / "one"), exported), first
     )
     assert loaded == 0 and last <= resume_matrix.LIMIT
+
+
+def refusal(model: str, other: str) -> str:
+    """What a rank says when it is to load the weights in the folder `other` into a sharded `model`."""
+    with hf_tpsp.enable(hf_tpsp.TPSPConfig(tp_size=2)):
+        network = AutoModelForCausalLM.from_pretrained(model)
+        before = network.model.norm.weight.to_local().clone()
+        with pytest.raises(ValueError, match="has not the weights of this") as raised:
+            load_weights(network, other)
+    assert torch.equal(network.model.norm.weight.to_local(), before)
+    return str(raised.value)
+
+
+def test_weights_of_another_model(ranks, tmp_path):
+    """The Trainer alone would warn, and train on. Here all ranks say what is wrong, and nothing has been loaded."""
+    model, other = str(tmp_path / "model"), str(tmp_path / "other")
+    build("qwen2", torch.float32, 132, {}).save_pretrained(model)
+    config = AutoConfig.from_pretrained(model)
+    config.intermediate_size += 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    first, second = ranks.run(2, refusal, model, other)
+    assert first == second and "model.layers.0.mlp.down_proj.weight" in first and "of another shape" in first
 
 
 def test_nan_is_a_difference():
