@@ -9,7 +9,7 @@ what `hf-tpsp export` makes of each mesh's checkpoint. Compared are all weights 
 - as soon as the checkpoint is loaded, with what had been saved: the largest difference must be 0;
 - after 2 more steps, with the run that was not interrupted: relative, below 1e-4, because sums are rounded in other orders.
 
-Exits with 1 if one is not. All of it takes about 8 minutes on 2 cores.
+Exits with 1 if one is not. All of it takes about 5 minutes on 2 cores.
 """
 
 import argparse
