@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import enable, parallelize
+    from .checkpoint.export import export
     from .config import TPSPConfig
     from .integrations.callback import TPSPCallback
     from .loss.cross_entropy import vocab_parallel_cross_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "TPSPConfig",
     "enable",
     "estimate",
+    "export",
     "parallelize",
     "plan_for",
     "verify",
@@ -33,6 +35,7 @@ _HOMES = {
     "TPSPConfig": "config",
     "enable": "api",
     "estimate": "tools.estimate.estimation",
+    "export": "checkpoint.export",
     "parallelize": "api",
     "plan_for": "plan.planner",
     "verify": "tools.verify.verify",

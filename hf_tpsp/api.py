@@ -10,7 +10,7 @@ import transformers.trainer
 from transformers import PreTrainedModel
 
 from .config import TPSPConfig
-from .integrations import loading, registry, session
+from .integrations import loading, registry, resume, session
 from .integrations.callback import TPSPCallback, install
 from .state import is_parallelized
 
@@ -19,7 +19,7 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
     """Train this process's causal LMs on the mesh: one line at the top of a script, before its TrainingArguments.
 
     From then on, `from_pretrained` shards causal LMs while it reads them, and every `Trainer` gets a `TPSPCallback`. If
-    the mesh has a single rank, nothing changes.
+    the mesh has a single rank, nothing changes, but that a checkpoint of a larger mesh is refused with what exports it.
 
     Args:
         config: defaults to `TPSPConfig.from_accelerate()`: the mesh of the preset that `accelerate launch` was given.
@@ -38,7 +38,9 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
             raise ValueError(f"hf_tpsp is enabled with {running.config}; disable() that first.")
         return running
     if config.world_size == 1:
-        return session.Enabled(config)
+        handle = session.Enabled(config)
+        handle.once(resume.install_in_one_process)
+        return handle
     handle = install(config)
     handle.once(lambda: loading.install(config))
     handle.once(lambda: _add_callback(TPSPCallback(config)))

@@ -7,10 +7,13 @@ rank ever holds the whole model.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 
+import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.mixin import DistributedMixin
@@ -20,8 +23,9 @@ from .. import patching
 from ..config import TPSPConfig
 from ..forward.options import REPLACES_LAYERS
 from ..sharding import shard
-from ..state import build_mesh
+from ..state import build_mesh, parallelized_model, record_of
 from ..upstream import transformers
+from ..upstream.torch import fsdp2
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +90,9 @@ def install(config: TPSPConfig) -> Callable[[], None]:
             if not is_causal_lm(cls):
                 logger.warning_once(f"hf_tpsp: {cls.__name__} is not a causal LM and is loaded whole on every rank.")
                 return original.__func__(cls, *args, **kwargs)
+            if isinstance(kwargs.get("distributed_config"), _Ours):
+                # The hook is installed twice.
+                return original.__func__(cls, *args, **kwargs)
             for name in PLACEMENT:
                 if kwargs.get(name) is not None:
                     raise ValueError(
@@ -129,3 +136,39 @@ def install(config: TPSPConfig) -> Callable[[], None]:
         (DistributedMixin, "prepare_distribute_model", hook_prepare),
         (DistributedMixin, "maybe_distribute_model", hook_distribute),
     )
+
+
+def load_weights(model: nn.Module, folder: str) -> None:
+    """Give a sharded model the weights in a Hugging Face folder, in place. Every rank must call it.
+
+    They are read as `from_pretrained` reads them, each rank its slices, into a second sharded model. That one is gone
+    before an optimizer's state, which is larger, is loaded.
+
+    Raises:
+        ValueError: the folder has not the weights of this model.
+    """
+    inner = parallelized_model(model)
+    if inner is not model:
+        raise ValueError(
+            f"{folder} holds a whole model, and this run trains an adapter. Load the model from it instead."
+        )
+    undo = install(record_of(model).config)
+    try:
+        loaded, found = fsdp2.plain_class(inner).from_pretrained(
+            folder, config=inner.config, dtype=inner.dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        undo()
+    reshaped = (name for name, *_ in found["mismatched_keys"])
+    if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"], *reshaped}):
+        raise ValueError(
+            f"{folder} has not the weights of this {inner._get_name()}: {', '.join(wrong[:3])}"
+            f"{f' and {len(wrong) - 3} more' if wrong[3:] else ''} are missing, unknown or of another shape."
+        )
+    with torch.no_grad():
+        values = loaded.state_dict()
+        for name, value in inner.state_dict().items():
+            value.copy_(values[name])
+    del loaded, values
+    # A model refers to itself in circles.
+    gc.collect()

@@ -12,13 +12,17 @@ import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations import neftune
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from ..config import environment_flag
-from ..state import is_parallelized, saved_state_dict
+from ..state import is_parallelized, record_of, saved_state_dict
+
+logger = logging.get_logger(__name__)
 
 
 def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) -> None:
@@ -26,14 +30,38 @@ def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) 
     trainer._save(output_dir, state_dict=saved_state_dict(trainer.model))
 
 
+def _write_beside_shards(trainer: transformers.Trainer, output_dir: str) -> None:
+    """Write into a checkpoint what it holds in one process, but for the weights of the whole model: the adapter if there
+    is one, configs, tokenizer and arguments. `hf-tpsp export` takes them from there. Every rank must call it."""
+    has_adapter = record_of(trainer.model).saved is not None
+    if trainer.args.should_save and not has_adapter:
+        logger.warning_once(
+            "hf_tpsp: checkpoints hold the weights in shards. `hf-tpsp export checkpoint-N OUT` makes a Hugging Face folder of one, "
+            "from which a Trainer in one process resumes too."
+        )
+    # `save_pretrained` of no weights writes no file of weights, which its bar for them would say.
+    state_dict = saved_state_dict(trainer.model) if has_adapter else {}
+    has_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        trainer._save(output_dir, state_dict=state_dict)
+    finally:
+        if has_bar:
+            logging.enable_progress_bar()
+
+
 def _patch_save_model(original):
     """transformers 5.23 (trainer.py, `save_model`) writes nothing, silently, under `SHARDED_STATE_DICT`. Write the
-    Hugging Face folder that the caller asked for. Delete when upstream does or raises."""
+    Hugging Face folder that the caller asked for, and into a checkpoint all of it but the weights that the shards hold.
+    Delete when upstream does or raises."""
 
     @functools.wraps(original)
     def save_model(self, output_dir=None, _internal_call=False):
-        if _internal_call or not is_parallelized(self.model):
+        if not is_parallelized(self.model):
             return original(self, output_dir, _internal_call)
+        if _internal_call:
+            is_sharded = self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+            return _write_beside_shards(self, output_dir) if is_sharded else original(self, output_dir, _internal_call)
         _write_folder(self, output_dir)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

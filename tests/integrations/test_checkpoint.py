@@ -1,51 +1,89 @@
-"""Sharded checkpoints of weights that are dealt in strides (gate and up in one): whole, on any mesh."""
+"""The short form of recipes/resume_matrix.py: weights and AdamW's state, from mesh to mesh, from and to one process."""
 
-import functools
+import math
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from training import Rows
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_tpsp
-from hf_tpsp import TPSPConfig
-from hf_tpsp.tools.verify.comparison import largest, relative
+from hf_tpsp.integrations.loading import load_weights
 from hf_tpsp.tools.verify.verify import build
 
-MESHES = {"1x2": TPSPConfig(tp_size=2), "2x2": TPSPConfig(tp_size=2, dp_shard_size=2)}
+sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # last: it has a parity.py too
+import resume_matrix
 
 
-def train(config: TPSPConfig, folder: str, out: str, steps: int, resume: str | None = None) -> dict[str, torch.Tensor]:
-    """Weights and AdamW's second moments after `steps`, whole."""
-    with hf_tpsp.enable(config):
-        arguments = TrainingArguments(
-            out, max_steps=steps, save_steps=2, per_device_train_batch_size=4 // config.dp_size, report_to=[], disable_tqdm=True,
-            use_cpu=True, seed=0, lr_scheduler_type="constant", logging_strategy="no",
-        )  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        trainer = Trainer(model, arguments, train_dataset=Rows(16, 1))
-        trainer.train(resume_from_checkpoint=resume)
-    moments = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.state
-    found = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
-    found |= {
-        f"{n} moment": moments[p]["exp_avg_sq"].full_tensor() for n, p in model.named_parameters() if p in moments
+@pytest.mark.parametrize(
+    ("model", "mesh"), [("phi3", resume_matrix.SOURCE), ("qwen3_moe", "1x1x2"), ("qwen2 LoRA", "1x1x2")]
+)
+def test_resumes_elsewhere(ranks, model, mesh, tmp_path):
+    """Weights that are dealt in strides (gate and up in one), packed experts, an adapter with a trained head: loaded as
+    they were saved, and further steps as those of the run that went on; bitwise on the same mesh."""
+    ((_, differences),) = resume_matrix.rows(model, [mesh], ranks, tmp_path)
+    assert [loaded for loaded, _ in differences] == [0, 0, 0]
+    assert all(last <= resume_matrix.LIMIT for _, last in differences)
+    if mesh == resume_matrix.SOURCE:
+        assert differences[0] == (0, 0)
+    checkpoint = tmp_path / mesh / "checkpoint-2"
+    holds = {path.name for path in checkpoint.iterdir()}
+    assert holds >= {"training_args.bin", "adapter_model.safetensors" if "LoRA" in model else "config.json"}
+    assert "model.safetensors" not in holds
+
+
+def train_whole(*args):
+    """`resume_matrix.train` with checkpoints that rank 0 writes whole."""
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    return resume_matrix.train(*args)
+
+
+def test_a_checkpoint_is_loaded_as_it_was_saved(ranks, tmp_path):
+    """Saved whole: it holds the model, exports, and goes on in a run that saves shards."""
+    model, whole, exported = str(tmp_path / "model"), str(tmp_path / "whole"), str(tmp_path / "exported")
+    build("qwen2", torch.float32, 132, {}).save_pretrained(model)
+    first = ranks.run(2, train_whole, "1x1x2", model, False, whole)[0]
+    assert {path.name for path in Path(whole, "checkpoint-2").iterdir()} >= {
+        "model.safetensors",
+        "pytorch_model_fsdp.bin",
     }
-    return found
+    sharded = str(tmp_path / "sharded")
+    again = ranks.run(2, resume_matrix.train, "1x1x2", model, False, sharded, f"{whole}/checkpoint-2")[0]
+    assert resume_matrix.compare(again, first) == (0, 0)
+    assert Path(sharded, "checkpoint-4", "pytorch_model_fsdp_0").is_dir()
+    hf_tpsp.export(f"{whole}/checkpoint-2", exported)
+    loaded, last = resume_matrix.compare(
+        resume_matrix.train(None, model, False, str(tmp_path / "one"), exported), first
+    )
+    assert loaded == 0 and last <= resume_matrix.LIMIT
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "qwen3_moe"])
-def test_resume_on_either_mesh(ranks, model_type, tmp_path):
-    """Resumed on its own mesh bitwise; on another one, weights and moments are the same."""
-    folder = str(tmp_path / "model")
-    build(model_type, torch.float32, 132, {}).save_pretrained(folder)
-    run = functools.partial(ranks.run, 4, train, MESHES["2x2"], folder)
-    out = str(tmp_path / "out")
-    whole = run(out, 4)[0]
-    again = run(out, 4, f"{out}/checkpoint-2")[0]
-    assert whole.keys() == again.keys()
-    assert not [name for name in whole if not torch.equal(whole[name], again[name])]
-    start = run(out, 2, f"{out}/checkpoint-2")[0]
-    other = ranks.run(2, train, MESHES["1x2"], folder, str(tmp_path / "other"), 2, f"{out}/checkpoint-2")[0]
-    assert start.keys() == other.keys() and any("moment" in name for name in start)
-    # The Trainer takes one step more, in which the ranks' sums are rounded in another order.
-    assert largest(relative(other[name], start[name]) for name in start) < 1e-5
+def refusal(model: str, other: str) -> str:
+    """What a rank says when it is to load the weights in the folder `other` into a sharded `model`."""
+    with hf_tpsp.enable(hf_tpsp.TPSPConfig(tp_size=2)):
+        network = AutoModelForCausalLM.from_pretrained(model)
+        before = network.model.norm.weight.to_local().clone()
+        with pytest.raises(ValueError, match="has not the weights of this") as raised:
+            load_weights(network, other)
+    assert torch.equal(network.model.norm.weight.to_local(), before)
+    return str(raised.value)
+
+
+def test_weights_of_another_model(ranks, tmp_path):
+    """The Trainer alone would warn, and train on. Here all ranks say what is wrong, and nothing has been loaded."""
+    model, other = str(tmp_path / "model"), str(tmp_path / "other")
+    build("qwen2", torch.float32, 132, {}).save_pretrained(model)
+    config = AutoConfig.from_pretrained(model)
+    config.intermediate_size += 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    first, second = ranks.run(2, refusal, model, other)
+    assert first == second and "model.layers.0.mlp.down_proj.weight" in first and "of another shape" in first
+
+
+def test_nan_is_a_difference():
+    """In a matrix, a state that is no number is never as it was saved."""
+    bad, good = {"w": torch.tensor([math.nan])}, {"w": torch.ones(1)}
+    found = resume_matrix.compare({"loaded": bad, "step 4": bad}, {"step 2": good, "step 4": good})
+    assert not any(value <= math.inf for value in found)

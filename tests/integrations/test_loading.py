@@ -1,5 +1,7 @@
 """The from_pretrained hook: shards while it reads, saves whole, undoes itself, refuses by name."""
 
+import ctypes
+import gc
 import os
 import shutil
 import threading
@@ -47,6 +49,9 @@ class PeakMemory:
     """The most that anonymous memory rose while inside, sampled every millisecond."""
 
     def __enter__(self):
+        # What earlier tests have freed goes back to the system first, or taking it again would be no rise.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         self.start = self.peak = anonymous_memory()
         self._inside = True
         self._thread = threading.Thread(target=self._sample, daemon=True)

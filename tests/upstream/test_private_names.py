@@ -23,7 +23,7 @@ ALLOWED = {
     # Python's own.
     "_exit",
     # Settings that transformers keeps on models and configs.
-    "_from_config", "_attn_implementation", "_experts_implementation", "_tp_plan",
+    "_from_config", "_attn_implementation", "_experts_implementation", "_tp_plan", "_keys_to_ignore_on_save",
 }  # fmt: skip
 
 

@@ -34,6 +34,11 @@ def unsharded_numels(module: nn.Module) -> list[int]:
 _records: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref]] = weakref.WeakKeyDictionary()
 
 
+def plain_class(module: nn.Module) -> type:
+    """The class of `module` before `fully_shard` made a subclass of it."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
 def index_sharded_parameters(model: nn.Module) -> None:
     """Note for each module where FSDP2 keeps the sharded form of its parameters, for `sharded_parameter`."""
     for record in fsdp_parameters(model):
