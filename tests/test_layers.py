@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_tpsp"
 ORDER = [
     "cli", "__main__", "__init__", "tools", "api", "integrations", "sharding", "witness", "plan", "styles", "forward", "loss",
     "upstream", "launch", "rules", "state", "config", "structure", "sizes", "collectives", "vocabulary", "fingerprint",
+    "checkpoint",
     # What is known of torch alone, which knows nothing of hf_tpsp: whoever needs it may use it.
     "upstream.torch", "patching",
 ]  # fmt: skip
