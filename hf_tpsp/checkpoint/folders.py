@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from . import manifest
-from .agreement import agree, is_first
+from .outcome import is_first, settle
 
 ASIDE = "_incomplete"
 
@@ -44,7 +44,7 @@ def begin(final: Path) -> Path:
             _empty(temporary(final))
         except OSError as error:
             problem = error
-    agree(f"{final} could not be written", problem)
+    settle(f"{final} could not be written", problem)
     return temporary(final)
 
 
@@ -226,7 +226,7 @@ def filled(folder: Path) -> Iterator[Path]:
                 _empty(within)
             except OSError as error:
                 problem = error
-        agree(what, problem)
+        settle(what, problem)
         try:
             yield within
             if is_first():
@@ -234,13 +234,13 @@ def filled(folder: Path) -> Iterator[Path]:
                     manifest.sync(within / name)
         except Exception as error:
             problem = error
-        agree(what, problem)
+        settle(what, problem)
         if is_first():
             try:
                 _move_weights(within, folder)
             except OSError as error:
                 problem = error
-        agree(what, problem)
+        settle(what, problem)
     finally:
         if is_first():
             shutil.rmtree(within, ignore_errors=True)

@@ -38,11 +38,17 @@ class _DigestedStream:
 
     def __init__(self, stream: BinaryIO):
         self._stream, self._hash, self._size = stream, xxhash.xxh3_128(), 0
+        # What torch.save makes another error of, if writing failed.
+        self.error: OSError | None = None
         self.fileno, self.flush, self.close = stream.fileno, stream.flush, stream.close
 
     def write(self, data: Any) -> int:
         # A buffered file writes all of it, or raises.
-        written = self._stream.write(data)
+        try:
+            written = self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self._hash.update(data)
         self._size += written
         return written
@@ -62,12 +68,21 @@ class DigestingFileSystem(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:
-            if mode != "wb":
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
                 yield stream
-                return
-            digested = _DigestedStream(stream)
-            yield digested
+            return
+        digested = None
+        try:
+            with super().create_stream(path, mode) as stream:
+                digested = _DigestedStream(stream)
+                yield digested
+        except Exception as error:
+            cause = (digested and digested.error) or error
+            if not isinstance(cause, OSError):
+                raise
+            # One that comes of writing has no name of a file.
+            raise OSError(cause.errno, cause.strerror, os.fspath(path)) from None
         self.files[Path(path)] = digested.file()
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:

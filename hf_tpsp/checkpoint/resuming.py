@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from . import folders, manifest
-from .agreement import agree, is_first
+from .outcome import is_first, settle
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +39,7 @@ def newest_of_all(parent: Path, prefix: str = "checkpoint-") -> Path:
         if (found := newest(parent, prefix)) is None:
             problem = "; ".join(folders.newest(parent, prefix)[1]) or f"there is no {prefix}*"
     # Only rank 0 says it, for all.
-    return agree(f"{parent} has no complete checkpoint to resume from", problem, found)[0]
+    return settle(f"{parent} has no complete checkpoint to resume from", problem, found)[0]
 
 
 def check(folder: Path) -> None:
@@ -60,9 +60,9 @@ def check(folder: Path) -> None:
         problem = manifest.damage(folder, known["files"], rank, ranks)
     what = "This checkpoint cannot be resumed from"
     mine = known["checksum"] if known else None
-    theirs = agree(what, problem, (str(folder.resolve()), mine))
+    theirs = settle(what, problem, (str(folder.resolve()), mine))
     if differs := [f"rank {i}: {path}" for i, (path, checksum) in enumerate(theirs) if (path, checksum) != theirs[0]]:
-        agree(what, f"rank 0 was given {theirs[0][0]}, and {', '.join(differs)}")
+        settle(what, f"rank 0 was given {theirs[0][0]}, and {', '.join(differs)}")
     if known is None and is_first():
         logger.warning(
             f"hf_tpsp: {folder} was saved without hf_tpsp's manifest, so that damage to it would not be noticed."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..patching import swapped
 from . import folders, manifest
-from .agreement import CheckpointError, agree, is_first
+from .outcome import CheckpointError, is_first, settle
 
 
 class _Background:
@@ -68,7 +70,7 @@ def save(
     writes: list[Callable[..., Any]] = []
     files: dict[Path, manifest.File] = {}
     problem = None
-    with _kept(writes, files, staged=beside):
+    with _kept(writes, files, staged=beside), swapped((torch, "save", _with_reason)):
         try:
             fill(folder)
         except Exception as error:
@@ -81,11 +83,12 @@ def save(
         try:
             for write in writes:
                 write(process_group=group)
-        except Exception as error:
+        # torch's is no Exception.
+        except (Exception, dcp.CheckpointException) as error:
             problem = error
         try:
             own = {path.relative_to(folder).as_posix(): file for path, file in files.items()}
-            known = {name: file for theirs in agree(what, problem, own, group) for name, file in theirs.items()}
+            known = {name: file for theirs in settle(what, problem, own, group) for name, file in theirs.items()}
             if is_first():
                 try:
                     manifest.write(folder, known, **facts)
@@ -93,14 +96,14 @@ def save(
                     then()
                 except Exception as error:
                     problem = error
-            agree(what, problem, group=group)
+            settle(what, problem, group=group)
         except CheckpointError:
             if is_first():
                 folders.discard(final)
             raise
 
     try:
-        agree(what, problem)
+        settle(what, problem)
     except CheckpointError:
         if is_first():
             folders.discard(final)
@@ -162,6 +165,24 @@ def _kept(writes: list[Callable[..., Any]], files: dict[Path, manifest.File], st
 
     with swapped((dcp, "save", keep)):
         yield
+
+
+def _with_reason(original: Callable[..., None]) -> Callable[..., None]:
+    """`torch.save` whose error names the file and the system's reason, which torch's own writer of files leaves out."""
+
+    @functools.wraps(original)
+    def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(obj, f, *args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(f, (str, os.PathLike)):
+                raise
+            # What fails for torch fails here too.
+            with open(f, "wb") as probe:
+                probe.write(bytes(2**20))
+            raise RuntimeError(f"{f}: {error}") from error
+
+    return save
 
 
 def _stager() -> DefaultStager:

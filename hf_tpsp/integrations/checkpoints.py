@@ -13,6 +13,7 @@ from transformers import Trainer, trainer_jit_checkpoint, trainer_utils
 from transformers.utils import logging
 
 from ..checkpoint import folders, resuming, saving
+from ..checkpoint.outcome import CheckpointError
 from ..patching import swap
 from ..state import is_parallelized, record_of
 from ..upstream.accelerate import saves_shards, sharded_models
@@ -72,15 +73,17 @@ def _train(original: Callable) -> Callable:
                 resume_from_checkpoint = str(resuming.newest_of_all(Path(self.args.output_dir)))
             resuming.check(Path(resume_from_checkpoint))
         try:
-            result = original(self, resume_from_checkpoint, *args, **kwargs)
+            return original(self, resume_from_checkpoint, *args, **kwargs)
         except BaseException:
-            saving.wait(LAST_SECONDS)
+            try:
+                saving.wait(LAST_SECONDS)
+            except CheckpointError as error:
+                logger.error(f"hf_tpsp: {error}")
             raise
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Preemption):
                     callback.release()
-        return result
 
     return train
 

@@ -73,15 +73,15 @@ def checkpoint_in(trainer: transformers.Trainer, final: Path, folder: Path) -> I
 
     transformers 5.23 (trainer.py, `_save_checkpoint`) has no hook between the choice of a folder and its files."""
     state, later, push = trainer.state, [], trainer._push_from_checkpoint
-    best = final.parent / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-
-    def note_best() -> None:
-        if state.best_global_step and (best == final or best.is_dir()):
-            state.best_model_checkpoint = str(best)
+    best_step = state.best_global_step
+    best = final.parent / f"{PREFIX_CHECKPOINT_DIR}-{best_step}"
+    if best_step and (best == final or best.is_dir()):
+        state.best_model_checkpoint = str(best)
+    # The Trainer would look for it beside `folder`, after a barrier to which a rank that has failed does not come.
+    state.best_global_step = None
 
     def save_to_json(path: str) -> None:
-        # What is to be read in `final` one day.
-        note_best()
+        state.best_global_step = best_step
         type(state).save_to_json(state, path)
 
     trainer._get_output_dir = lambda trial: str(folder.parent)
@@ -91,9 +91,7 @@ def checkpoint_in(trainer: transformers.Trainer, final: Path, folder: Path) -> I
         yield later
     finally:
         del trainer._get_output_dir, trainer._push_from_checkpoint, state.save_to_json
-        if state.best_model_checkpoint is not None and Path(state.best_model_checkpoint) == folder:
-            state.best_model_checkpoint = None
-        note_best()
+        state.best_global_step = best_step
 
 
 def _patch_neftune(original):

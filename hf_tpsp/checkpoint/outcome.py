@@ -17,7 +17,7 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def agree(
+def settle(
     what: str, problem: BaseException | str | None, mine: Any = None, group: dist.ProcessGroup | None = None
 ) -> list:
     """Tell the other ranks of `group` (by default, all) whether this one has a problem. Every rank must call it.
