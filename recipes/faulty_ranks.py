@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from torch.distributed import distributed_c10d
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
 from hf_tpsp.checkpoint import folders, manifest
 from hf_tpsp.fingerprint import fingerprint
-from hf_tpsp.upstream.accelerate import forget_state
 
 STEPS = 3
 
@@ -165,11 +164,8 @@ def preempted(config: TPSPConfig, folder: Path, victim: int) -> int:
 
 def stands_still(config: TPSPConfig, folder: Path) -> None:
     """Train with a timeout of 5 s; the last rank is stopped in the second save."""
-    # The pool's process group has another timeout, and the Trainer does not change that of a group that is there.
-    dist.destroy_process_group()
-    forget_state()
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
-    PartialState(cpu=True, timeout=timedelta(seconds=5))
+    # The pool has made the process group, whose timeout the Trainer's `ddp_timeout` would be in a run of its own.
+    distributed_c10d._set_pg_timeout(timedelta(seconds=5), dist.group.WORLD)
 
     def stand_still() -> None:
         note(folder)
@@ -181,4 +177,4 @@ def stands_still(config: TPSPConfig, folder: Path) -> None:
     def at_save(step: int) -> None:
         moments.is_saving = step == 2
 
-    train(config, folder, resume=True, at_save=at_save, ddp_timeout=5)
+    train(config, folder, resume=True, at_save=at_save)
