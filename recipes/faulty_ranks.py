@@ -115,20 +115,21 @@ def die(folder: Path, everybody: list[int]) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def killed(config: TPSPConfig, folder: Path, victim: int, n: int, everybody: bool, resume: bool) -> int:
-    """Train, and die at the n-th moment of the second save. Returns how many moments there were, if it came to no end."""
+def killed(
+    config: TPSPConfig, folder: Path, victim: int = -1, n: int = 0, everybody: bool = False
+) -> tuple[dict[str, int], int]:
+    """Train, and have rank `victim`, or with it everybody, die at its n-th moment of the second save. Returns what `train`
+    does and how many moments there were, if it came to no end."""
     processes = [0] * dist.get_world_size()
     dist.all_gather_object(processes, os.getpid())
-    me = dist.get_rank()
     others = [p for p in processes if p != os.getpid()] if everybody else []
-    moments = Moments(folder, n if me == victim else 0, lambda: die(folder, [*others, os.getpid()]))
+    moments = Moments(folder, n if dist.get_rank() == victim else 0, lambda: die(folder, [*others, os.getpid()]))
 
     def at_save(step: int) -> None:
         moments.is_saving = step == 2
 
-    train(config, folder, resume=resume, at_save=at_save)
-    moments.is_saving = False
-    return moments.count
+    weights = train(config, folder, resume=bool(folders.checkpoints(folder / "out")), at_save=at_save)
+    return weights, moments.count
 
 
 def limited(config: TPSPConfig, folder: Path) -> None:

@@ -21,7 +21,11 @@ from .outcome import is_first, settle
 ASIDE = "_incomplete"
 
 
-STATE = "trainer_state.json"
+STATE, ACCELERATE_STATE = "trainer_state.json", "random_states_0.pkl"
+
+
+# The folders in which the ranks' shards are.
+SHARDS = re.compile(r"^(pytorch_model_fsdp|optimizer)_\d+$")
 
 
 # The files of a model's weights, the index that names them if they are several, and the file of an adapter's.
@@ -143,27 +147,28 @@ def problem_of(folder: Path) -> str | None:
 
 
 def _missing(folder: Path) -> str | None:
-    """What is missing in a checkpoint without a manifest: one of transformers' own, or of an older hf_tpsp."""
-    try:
-        json.loads((folder / STATE).read_bytes())
-    except OSError:
-        return f"{folder / STATE}, which is written last, is missing"
-    except ValueError:
-        return f"{folder / STATE} is damaged: it cannot be read"
-    for sharded in (
-        path for path in folder.iterdir() if path.is_dir() and re.search(r"_fsdp_\d+$|^optimizer_\d+$", path.name)
-    ):
-        if not (sharded / ".metadata").is_file():
-            return f"{sharded / '.metadata'} is missing"
+    """What is missing in a checkpoint without a manifest: one of transformers' or accelerate's own, or of an older
+    hf_tpsp."""
     names = os.listdir(folder)
+    is_of_accelerate = STATE not in names and ACCELERATE_STATE in names
+    if not is_of_accelerate:
+        try:
+            json.loads((folder / STATE).read_bytes())
+        except OSError:
+            return f"{folder / STATE}, which is written last, is missing"
+        except ValueError:
+            return f"{folder / STATE} is damaged: it cannot be read"
+    for name in names:
+        if SHARDS.search(name) and not (folder / name / ".metadata").is_file():
+            return f"{folder / name / '.metadata'} is missing"
     if not any(_is_weights(folder / name) for name in names):
         return f"{folder} has no weights"
-    has_optimizer = any(name.startswith("optimizer") for name in names)
-    # A checkpoint of `save_only_model` has none of the three.
-    if has_optimizer or "scheduler.pt" in names or any(name.startswith("rng_state") for name in names):
+    has_optimizer, has_scheduler = (any(n.startswith(prefix) for n in names) for prefix in ("optimizer", "scheduler"))
+    # A checkpoint of `save_only_model` has none of the three, and in a loop of one's own there may be no scheduler.
+    if not is_of_accelerate and (has_optimizer or has_scheduler or any(n.startswith("rng_state") for n in names)):
         if not has_optimizer:
             return f"{folder / 'optimizer_0'} is missing"
-        if "scheduler.pt" not in names:
+        if not has_scheduler:
             return f"{folder / 'scheduler.pt'} is missing"
     return None
 

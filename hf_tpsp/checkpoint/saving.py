@@ -178,8 +178,10 @@ def _with_reason(original: Callable[..., None]) -> Callable[..., None]:
             if not isinstance(f, (str, os.PathLike)):
                 raise
             # What fails for torch fails here too.
-            with open(f, "wb") as probe:
-                probe.write(bytes(2**20))
+            try:
+                Path(f).write_bytes(bytes(2**20))
+            except OSError as cause:
+                raise OSError(cause.errno, cause.strerror, os.fspath(f)) from None
             raise RuntimeError(f"{f}: {error}") from error
 
     return save

@@ -108,3 +108,7 @@ def test_without_a_manifest(tmp_path, caplog):
     assert "has no weights" in folders.problem_of(folder)
     (folder / "model.safetensors").touch()
     assert folders.problem_of(folder) is None
+    # One of accelerate's has another last file, and need not have a scheduler.
+    (folder / "trainer_state.json").unlink()
+    (folder / "random_states_0.pkl").touch()
+    assert folders.problem_of(folder) is None
