@@ -39,7 +39,7 @@ from hf_tpsp import TPSPConfig
 from hf_tpsp.checkpoint import folders, manifest, resuming
 from hf_tpsp.tools.ranks import RankPool
 
-LIMIT = 60
+LIMIT = 120
 
 # Status, value and time of a rank's end.
 End = tuple[str, object, float]
