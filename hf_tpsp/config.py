@@ -63,6 +63,8 @@ class TPSPConfig:
         check: When to compare the ranks with each other, and one block of each kind with the whole block, on the
             model's own input (`witness.py`): in the `"first"` training forward, in `"every"` one, in every n-th
             (`"every:n"`), or `"off"`.
+        async_save: The Trainer copies what it saves to the host's memory, and trains on while that is written. The next
+            save and the end of training wait for it, and raise its error.
     """
 
     tp_size: int = 1
@@ -77,6 +79,7 @@ class TPSPConfig:
     mixed_precision: str = "no"
     reshard_after_forward: bool = True
     check: str = "first"
+    async_save: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "dp_shard_size", "dp_replicate_size"):

@@ -29,11 +29,12 @@ from transformers.utils import (
 )
 
 from ..upstream.torch.serialization import save_without_data, write_at
+from . import manifest
 from .sharded import ShardedState, by_layer
 
 # What the ranks have written, in shards or, under FULL_STATE_DICT, whole; and what only holds of that.
 _OF_THE_MESH = re.compile(
-    rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})(_\d+|\.bin)|rng_state_\d+\.pth|hf_tpsp_manifest\.json"
+    rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})(_\d+|\.bin)|rng_state_\d+\.pth|{re.escape(manifest.NAME)}"
 )
 
 
@@ -98,6 +99,9 @@ def _check(checkpoint: Path, out: Path) -> None:
             f"{checkpoint} has neither an adapter nor a config.json. Copy the model's config.json and tokenizer into it, or the "
             f"{ADAPTER_CONFIG_NAME} and {ADAPTER_SAFE_WEIGHTS_NAME} of an adapter."
         )
+    known = manifest.read(checkpoint)
+    if known is not None and (problem := manifest.damage(checkpoint, known["files"])):
+        raise ValueError(f"{problem}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder. Name another, or delete it.")
 

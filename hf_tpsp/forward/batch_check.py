@@ -15,6 +15,7 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,18 @@ LABELS = ("labels", "shift_labels")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+@dataclass
+class Message:
+    """A number that rides on the check: what this rank says, and the largest that any rank said in the last training
+    forward. All ranks hear the same in the same forward."""
+
+    said: int = 0
+    heard: int = 0
+
+
+message = Message()
+
+
 _beside: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("_beside", default=None)
 
 
@@ -57,7 +70,7 @@ def beside(**given: Any) -> Iterator[None]:
 
 
 def install(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Compare the batch over the ranks before each forward of `model` that trains or evaluates: one all-gather of 56
+    """Compare the batch over the ranks before each forward of `model` that trains or evaluates: one all-gather of 64
     bytes. If a script has seeded the ranks of a TP group differently, they take over their first rank's state
     (`randomness.py`).
 
@@ -91,13 +104,16 @@ def check(model: nn.Module, given: dict[str, Any], mesh: DeviceMesh, step: int) 
     device = torch.device(mesh.device_type)
     ranges = _ranges(model, given, device)
     edges = (edge for edges in ranges.values() for edge in edges[:2])
-    mine = torch.stack([*_digests(batch, device), randomness.digest(device), *edges])
+    values, texts, said = _digests(batch, device)
+    mine = torch.stack([values, texts, randomness.digest(device), said, *edges])
     group = dist.group.WORLD if torch.is_grad_enabled() else mesh["dp_shard_tp"].get_group()
     everyones = all_gather(mine, group).view(group.size(), -1).cpu()
     # A simulated world (`hf_tpsp.estimate`) has sizes, and no values to compare.
     if is_fake(everyones):
         return
-    digests, edges = everyones[:, :3].unflatten(0, (-1, mesh["tp"].size())), everyones[:, 3:]
+    if torch.is_grad_enabled():
+        message.heard = int(everyones[:, 3].max())
+    digests, edges = everyones[:, :3].unflatten(0, (-1, mesh["tp"].size())), everyones[:, 4:]
     same_batch, same_seed = (digests == digests[:, :1]).all(dim=(0, 1)).split([2, 1])
     sizes = torch.tensor([size for *_, size in ranges.values()])
     is_inside = bool(((edges[:, ::2] >= 0) & (edges[:, 1::2] < sizes)).all())
@@ -112,13 +128,14 @@ def check(model: nn.Module, given: dict[str, Any], mesh: DeviceMesh, step: int) 
 
 
 def _digests(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
-    """Two int64 digests on `device`: of the tensors' values in `batch`, and of the names, dtypes and other values."""
+    """Three int64 on `device`: digests of the tensors' values in `batch`, and of the names, dtypes and other values; and
+    the message, because a copy to the device takes its time whatever is in it."""
     tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor)}
     total = torch.zeros((), dtype=torch.int64, device=device)
     for name, x in sorted(tensors.items()):
         total = total * MULTIPLIER + (fingerprint(x).to(device) ^ fingerprint_of_text(name))
     texts = sorted((n, _text(x)) for n, x in batch.items())
-    return [total, torch.tensor(fingerprint_of_text(str(texts)), device=device)]
+    return [total, *torch.tensor([fingerprint_of_text(str(texts)), message.said], device=device)]
 
 
 def _text(x: Any) -> str:

@@ -14,7 +14,7 @@ from ..forward.options import check_dtypes
 from ..patching import swap
 from ..sharding import set_mixed_precision
 from ..state import is_parallelized, parallelized_model, record_of
-from . import prepare, registry, resume, session
+from . import checkpoints, prepare, registry, resume, session
 from .trainer import check_accelerator, check_parameters
 
 logger = logging.get_logger(__name__)
@@ -70,6 +70,7 @@ def install(config: TPSPConfig) -> session.Enabled:
     handle = session.start(config)
     registry.install(handle)
     handle.once(prepare.install)
+    handle.once(checkpoints.install)
     handle.once(resume.install)
     handle.once(lambda: swap((Trainer, "call_model_init", _set_up_again)))
     return handle

@@ -32,8 +32,6 @@ REFUSED = {
     "use_liger_kernel": "puts kernels that know nothing of the shards in place of the model's layers and loss; leave it "
     "out (the loss is computed in chunks anyway)",
     "eval_use_gather_object": "gathers every sample once per TP rank; leave it out",
-    "enable_jit_checkpoint": "saves when a timer on each rank says so, and ranks that begin at different steps wait for each "
-    "other for ever; leave it out and set save_steps",
     "use_kernels": "puts kernels that know nothing of the shards in place of the model's layers; leave it out",
 }
 

@@ -22,8 +22,9 @@ import multiprocessing.reduction
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch.distributed import TCPStore
 
@@ -90,6 +91,8 @@ def _rank(rank: int, world_size: int, port: int, pipe) -> None:
             pipe.send(("ok", function(*args, **kwargs)))
         except BaseException:
             pipe.send(("error", traceback.format_exc()))
+            # As a script would: ranks that wait for this one then find out.
+            return
 
 
 class RankPool:
@@ -133,31 +136,51 @@ class RankPool:
 
     def run(self, world_size: int, function, *args, timeout: float = 240, **kwargs) -> list:
         """What `function(*args, **kwargs)` returned on each rank, in rank order. Raises RuntimeError if one failed."""
+        results: dict[int, object] = {}
+        for rank, status, value in self._ends(world_size, function, args, kwargs, timeout):
+            if status != "ok":
+                self.stop_world(world_size)
+                raise RuntimeError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+        return [results[rank] for rank in range(world_size)]
+
+    def attempt(
+        self, world_size: int, function, *args, timeout: float = 240, **kwargs
+    ) -> list[tuple[str, object, float]]:
+        """How `function(*args, **kwargs)` ended on each rank, in rank order, whatever became of the others: `"ok"` and what
+        it returned, `"error"` and its traceback, `"died"`, or `"hangs"` after `timeout` seconds; and the seconds it took."""
+        start = time.monotonic()
+        ends: dict[int, tuple[str, object, float]] = {}
+        for rank, status, value in self._ends(world_size, function, args, kwargs, timeout):
+            ends[rank] = status, value, time.monotonic() - start
+        if any(status != "ok" for status, *_ in ends.values()):
+            self.stop_world(world_size)
+        return [ends[rank] for rank in range(world_size)]
+
+    def _ends(
+        self, world_size: int, function, args: tuple, kwargs: dict, timeout: float
+    ) -> Iterator[tuple[int, str, object]]:
+        """Rank, status and value of each rank, in the order in which they end."""
         if world_size not in self._worlds:
             self._worlds[world_size] = self._start(world_size)
-        pipes = [pipe for *_, pipe in self._worlds[world_size]]
-        for pipe in pipes:
+        waiting = dict(enumerate(pipe for *_, pipe in self._worlds[world_size]))
+        for pipe in waiting.values():
             pipe.send((function, args, kwargs))
-        results: dict[int, object] = {}
-        waiting = dict(enumerate(pipes))
         while waiting:
             ready = mp.connection.wait(list(waiting.values()), timeout=timeout)
             if not ready:
-                self._stop(world_size)
-                raise RuntimeError(f"ranks {sorted(waiting)} gave no answer in {timeout} s")
+                yield from ((rank, "hangs", f"gave no answer in {timeout} s") for rank in waiting)
+                return
             for rank in [r for r, pipe in waiting.items() if pipe in ready]:
                 try:
                     status, value = waiting.pop(rank).recv()
                 except (EOFError, ConnectionError):
-                    status, value = "error", "the process died"
-                if status == "error":
-                    self._stop(world_size)
-                    raise RuntimeError(f"rank {rank} failed:\n{value}")
-                results[rank] = value
-        return [results[rank] for rank in range(world_size)]
+                    status, value = "died", "the process died"
+                yield rank, status, value
 
-    def _stop(self, world_size: int) -> None:
-        for template, pid, pipe in self._worlds.pop(world_size):
+    def stop_world(self, world_size: int) -> None:
+        """End the ranks of this size, if there are any."""
+        for template, pid, pipe in self._worlds.pop(world_size, ()):
             template.send(pid)
             template.recv()
             pipe.close()
@@ -165,7 +188,7 @@ class RankPool:
 
     def stop(self) -> None:
         for world_size in list(self._worlds):
-            self._stop(world_size)
+            self.stop_world(world_size)
         while self._templates:
             process, pipe = self._templates.pop()
             process.kill()

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..config import environment_flag
 from ..patching import set_environment
+from ..state import is_parallelized
 
 
 def use_cpu_if_alone() -> Callable[[], None]:
@@ -74,6 +75,17 @@ def prepare_beside_sharded(accelerator: Accelerator, args: tuple, is_sharded: li
         if isinstance(item, (nn.Module, AcceleratedOptimizer, AcceleratedScheduler, DataLoader)):
             item._is_accelerate_prepared = True
     return result if len(result) > 1 else result[0]
+
+
+def sharded_models(accelerator: Accelerator) -> list[nn.Module]:
+    """The models that `save_state` would save and that hf_tpsp has sharded. accelerate 1.15 has no public list of them."""
+    return [model for model in accelerator._models if is_parallelized(model)]
+
+
+def saves_shards(accelerator: Accelerator) -> bool:
+    """Whether each rank writes its own shard, as `SHARDED_STATE_DICT` says, or rank 0 all of them."""
+    plugin = accelerator.state.fsdp_plugin
+    return plugin is not None and "SHARDED" in str(plugin.state_dict_type)
 
 
 def _patch_accelerator_state(original):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,10 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations import neftune
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
+from ..checkpoint import folders
 from ..config import environment_flag
 from ..state import is_parallelized, record_of, saved_state_dict
 
@@ -26,8 +28,11 @@ logger = logging.get_logger(__name__)
 
 
 def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) -> None:
-    """Write the whole model as a Hugging Face folder, or its adapter as peft's. Every rank must call it."""
-    trainer._save(output_dir, state_dict=saved_state_dict(trainer.model))
+    """Write the whole model as a Hugging Face folder, or its adapter as peft's, and all of it or nothing. Every rank must
+    call it, and all raise rank 0's error."""
+    state_dict = saved_state_dict(trainer.model)
+    with folders.filled(Path(trainer.args.output_dir if output_dir is None else output_dir)) as within:
+        trainer._save(str(within), state_dict=state_dict)
 
 
 def _write_beside_shards(trainer: transformers.Trainer, output_dir: str) -> None:
@@ -82,6 +87,39 @@ def _patch_push(original):
         return original(self, *args, **kwargs)
 
     return push
+
+
+def checkpoint_folder(trainer: transformers.Trainer, trial: object) -> Path:
+    """The folder that `_save_checkpoint` would write now. transformers 5.23 has no public way to ask for it."""
+    return Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+
+
+@contextlib.contextmanager
+def checkpoint_in(trainer: transformers.Trainer, final: Path, folder: Path) -> Iterator[list[Callable[[], None]]]:
+    """While inside, `_save_checkpoint` writes `folder` in place of `final`, and pushes nothing: the list gets what is to be
+    called when `final` is there. The best checkpoint goes by its final name.
+
+    transformers 5.23 (trainer.py, `_save_checkpoint`) has no hook between the choice of a folder and its files."""
+    state, later, push = trainer.state, [], trainer._push_from_checkpoint
+    best_step = state.best_global_step
+    best = final.parent / f"{PREFIX_CHECKPOINT_DIR}-{best_step}"
+    if best_step and (best == final or best.is_dir()):
+        state.best_model_checkpoint = str(best)
+    # The Trainer would look for it beside `folder`, after a barrier to which a rank that has failed does not come.
+    state.best_global_step = None
+
+    def save_to_json(path: str) -> None:
+        state.best_global_step = best_step
+        type(state).save_to_json(state, path)
+
+    trainer._get_output_dir = lambda trial: str(folder.parent)
+    trainer._push_from_checkpoint = lambda _: later.append(lambda: push(str(final)))
+    state.save_to_json = save_to_json
+    try:
+        yield later
+    finally:
+        del trainer._get_output_dir, trainer._push_from_checkpoint, state.save_to_json
+        state.best_global_step = best_step
 
 
 def _patch_neftune(original):
