@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from ..config import TPSPConfig
 from ..forward.options import check_dtypes
 from ..patching import swap
 from ..sharding import set_mixed_precision
-from ..state import is_parallelized, parallelized_model, record_of
+from ..state import is_parallelized, join, parallelized_model, record_of, set_timeout
 from . import prepare, registry, session
 from .trainer import check_accelerator, check_parameters
 
@@ -32,6 +33,8 @@ class TPSPCallback(TrainerCallback):
 
     def __init__(self, config: TPSPConfig | None = None):
         self.config = config or TPSPConfig.from_accelerate()
+        if self.config.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+            join(self.config)
         if self.config.world_size > 1:
             install(self.config)
 
@@ -46,6 +49,7 @@ class TPSPCallback(TrainerCallback):
         registry.install(session.current() or install(self.config), args)
         if not is_parallelized(model):
             registry.shard(model, self.config)
+        set_timeout(args.ddp_timeout_delta)
         inner, done = parallelized_model(model), record_of(model)
         check_accelerator(done.config)
         if done.config.compile and args.gradient_checkpointing:
