@@ -22,6 +22,9 @@ ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 MIXED_PRECISION = ("no", "bf16")
 
 
+ON_NAN = ("stop", "skip", "ignore")
+
+
 def environment_flag(name: str, default: str = "false") -> bool:
     """Whether accelerate's environment variable `name` is set to true."""
     return os.environ.get(name, default).lower() in ("1", "true", "yes")
@@ -63,6 +66,9 @@ class TPSPConfig:
         check: When to compare the ranks with each other, and one block of each kind with the whole block, on the
             model's own input (`witness.py`): in the `"first"` training forward, in `"every"` one, in every n-th
             (`"every:n"`), or `"off"`.
+        on_nan: What happens before the optimizer steps on gradients whose norm is not finite: `"stop"` raises on all
+            ranks and names where it arose; `"skip"` leaves the step out, with weights and optimizer as they were;
+            `"ignore"` steps.
     """
 
     tp_size: int = 1
@@ -77,6 +83,7 @@ class TPSPConfig:
     mixed_precision: str = "no"
     reshard_after_forward: bool = True
     check: str = "first"
+    on_nan: str = "stop"
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "dp_shard_size", "dp_replicate_size"):
@@ -87,6 +94,7 @@ class TPSPConfig:
             ("loss", LOSSES),
             ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
             ("mixed_precision", MIXED_PRECISION),
+            ("on_nan", ON_NAN),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")

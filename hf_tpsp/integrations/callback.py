@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..config import TPSPConfig
+from ..forward import finite
 from ..forward.options import check_dtypes
 from ..patching import swap
 from ..sharding import set_mixed_precision
@@ -40,6 +41,11 @@ class TPSPCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.set_up(args, state, model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if model is not None and (guard := finite.guard_of(model)) is not None:
+            # A training that was resumed does not begin with step 1.
+            guard.step = state.global_step + 1
 
     def set_up(self, args, state, model) -> None:
         """Shard and check a model of the Trainer's: the first one, or one that `model_init` has made since."""
