@@ -155,6 +155,10 @@ def departures() -> list[str]:
         said.append(raised(lambda: agree("a later stage", {}), TimeoutError))
         dist.group.WORLD.set_timeout(timedelta(seconds=1800))
     dist.barrier()
+    if rank:
+        # Had it gone on, it would have read the same: comparisons are counted.
+        said.append(raised(lambda: agree("a stage", {}), departure.RankEnded))
+        said.append(raised(lambda: agree("a later stage", {}), TimeoutError))
     return said
 
 
@@ -166,6 +170,7 @@ def test_the_others_say_who_ended_first_and_why(ranks):
     assert all(
         text.startswith(f"hf_tpsp: rank 0 stops, because {why}") and "traceback" not in text for text in first[1:3]
     )
+    assert last[2:] == [first[0], first[3]]
     assert first[3] == (
         "hf_tpsp: rank 1 did not come to a later stage within 1 s (ddp_timeout), where the others wait for it."
     )
