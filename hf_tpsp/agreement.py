@@ -20,6 +20,8 @@ from .upstream.torch import c10d
 
 Value = TypeVar("Value")
 
+ERRORS = {kind.__name__: kind for kind in (departure.RankEnded, TimeoutError)}
+
 # Process group → the number of comparisons so far, which is the same on all ranks.
 _numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
@@ -72,7 +74,7 @@ def decide(stage: str, value: Value, judge: Callable[[list[Value]], str | None])
         for key in (*keys, verdict, seen):
             store.delete_key(key)
     if sentence is not None:
-        raise {"RankEnded": departure.RankEnded, "TimeoutError": TimeoutError}.get(kind, ValueError)(sentence)
+        raise ERRORS.get(kind, ValueError)(sentence)
 
 
 def _wait(store: dist.Store, keys: list[str], timeout: timedelta, stage: str) -> None:

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from .patching import WhileUsed, swap
+from .patching import WhileUsed
 from .upstream.torch import c10d
 
 KEY, HEARD = "hf_tpsp/ended", "hf_tpsp/heard"
@@ -86,22 +86,17 @@ def _place(error: BaseException) -> str:
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
-def _patch_excepthook(original: Callable) -> Callable:
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        atexit.unregister(_say_goodbye)
-        said = explain(error)
-        if said is not None:
-            print(said, file=sys.stderr)
-        else:
-            original(kind, error, trace)
-            if is_symptom(error):
-                print(
-                    "hf_tpsp: a collective broke, and no rank has said why: one was killed (its memory?), or waits elsewhere.",
-                    file=sys.stderr,
-                )
-        _wait_for_readers()
-
-    return excepthook
+def end(error: BaseException, show: Callable[[], None]) -> None:
+    """What a rank does before an error ends it: says whose end it comes of, or shows it and leaves it for the others."""
+    atexit.unregister(_say_goodbye)
+    said = explain(error)
+    if said is None:
+        show()
+        if is_symptom(error):
+            said = "hf_tpsp: a collective broke, and no rank has said why: one was killed (its memory?), or waits elsewhere."
+    if said is not None:
+        print(said, file=sys.stderr)
+    _wait_for_readers()
 
 
 def _say_goodbye() -> None:
@@ -127,14 +122,25 @@ def _wait_for_readers() -> None:
 
 
 def _install() -> Callable[[], None]:
-    undo = swap((sys, "excepthook", _patch_excepthook))
-    atexit.register(_say_goodbye)
+    original, in_place = sys.excepthook, True
 
-    def restore() -> None:
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if in_place:
+            end(error, lambda: original(kind, error, trace))
+        else:
+            original(kind, error, trace)
+
+    def undo() -> None:
+        nonlocal in_place
+        in_place = False
         atexit.unregister(_say_goodbye)
-        undo()
+        # torch puts its own hook around this one when the process group is made.
+        if sys.excepthook is excepthook:
+            sys.excepthook = original
 
-    return restore
+    sys.excepthook = excepthook
+    atexit.register(_say_goodbye)
+    return undo
 
 
 # While it is in place, an uncaught error is left for the other ranks, and theirs is explained by it.

@@ -140,7 +140,8 @@ class _Clipped:
         return is_there and all(id(p) in self.ids for p in parameters)
 
 
-_clipped: list[_Clipped] = []
+# Of several models, each is clipped before its own optimizer steps.
+_clipped: collections.deque[_Clipped] = collections.deque(maxlen=4)
 
 
 def _norm_of(parameters: list[nn.Parameter]) -> Tensor:
