@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .config import TPSPConfig
 from .integrations import loading, registry, resume, session
 from .integrations.callback import TPSPCallback, install
-from .state import is_parallelized
+from .state import is_parallelized, join
 
 
 def enable(config: TPSPConfig | None = None) -> session.Enabled:
@@ -32,7 +32,9 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
             config.
     """
     config = config or TPSPConfig.from_accelerate()
-    config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    if config.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        # It is said on all ranks, because this one may be the only one that has this config.
+        join(config)
     if (running := session.current()) is not None:
         if running.config != config:
             raise ValueError(f"hf_tpsp is enabled with {running.config}; disable() that first.")

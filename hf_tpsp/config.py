@@ -22,6 +22,9 @@ ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 MIXED_PRECISION = ("no", "bf16")
 
 
+ON_NAN = ("stop", "skip", "ignore")
+
+
 def environment_flag(name: str, default: str = "false") -> bool:
     """Whether accelerate's environment variable `name` is set to true."""
     return os.environ.get(name, default).lower() in ("1", "true", "yes")
@@ -65,6 +68,9 @@ class TPSPConfig:
             (`"every:n"`), or `"off"`.
         async_save: The Trainer copies what it saves to the host's memory, and trains on while that is written. The next
             save and the end of training wait for it, and raise its error.
+        on_nan: What happens before the optimizer steps on gradients whose norm is not finite: `"stop"` raises on all
+            ranks and names where it arose; `"skip"` leaves the step out, with weights and optimizer as they were;
+            `"ignore"` steps.
     """
 
     tp_size: int = 1
@@ -80,6 +86,7 @@ class TPSPConfig:
     reshard_after_forward: bool = True
     check: str = "first"
     async_save: bool = False
+    on_nan: str = "stop"
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "dp_shard_size", "dp_replicate_size"):
@@ -90,6 +97,7 @@ class TPSPConfig:
             ("loss", LOSSES),
             ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
             ("mixed_precision", MIXED_PRECISION),
+            ("on_nan", ON_NAN),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")

@@ -67,12 +67,16 @@ class WhileUsed:
     def __init__(self, install: Callable[[], Callable[[], None]]):
         self._install, self._users = install, 0
 
-    def keep_for(self, user: object) -> None:
-        """Keep the patch in place until `user`, and all other users that it is kept for, are gone."""
+    def hold(self) -> Callable[[], None]:
+        """Keep the patch in place until the function that is returned is called, and all others of the kind."""
         if not self._users:
             self._undo = self._install()
         self._users += 1
-        weakref.finalize(user, self._release).atexit = False
+        return self._release
+
+    def keep_for(self, user: object) -> None:
+        """Keep the patch in place until `user`, and all other users that it is kept for, are gone."""
+        weakref.finalize(user, self.hold()).atexit = False
 
     def _release(self) -> None:
         self._users -= 1

@@ -17,8 +17,10 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .agreement import agree
 from .config import TPSPConfig
-from .forward import batch_check, options, outside, randomness
+from .departure import LAST_WORDS
+from .forward import batch_check, finite, options, outside, randomness
 from .forward.outputs import hand_out_whole
 from .forward.own_loss import patch_loss
 from .patching import WhileUsed
@@ -38,7 +40,7 @@ from .styles.base import TensorParallel
 from .styles.recompute import selective_contexts
 from .upstream import transformers
 from .upstream.torch import c10d, dtensor, fsdp2
-from .witness.witness import Witness
+from .witness.witness import Witness, setup_of
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +53,7 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         raise ValueError(f"async_tp=True runs on CUDA only; these ranks are on {mesh.device_type}. Leave it out.")
     options.check_options(model)
     plan = plan_for(model, config)
+    agree("the plan", setup_of(model, plan))
     if PartialState().is_main_process:
         for note in plan.notes:
             logger.warning_once(f"hf_tpsp: {type(model).__name__}: {note}.")
@@ -80,6 +83,7 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         if module._parameters:
             module.register_load_state_dict_pre_hook(cut_whole_tensors)
 
+    LAST_WORDS.keep_for(model)
     dtensor.QUIET_REDISTRIBUTE.keep_for(model)
     dtensor.SCALE_LISTS.keep_for(model)
     dtensor.AVERAGE_WHOLE_PARAMETERS.keep_for(model)
@@ -99,6 +103,7 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
     patch_loss(model, gradients.calls.gathered)
     batch_check.install(model, mesh)
     randomness.install(model, mesh["tp"])
+    finite.install(model, config.on_nan)
     witness.install(model, gradients)
     return model
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -17,8 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from .agreement import agree
 from .config import TPSPConfig, environment_flag
+from .patching import swapped
 from .upstream.torch import c10d
+from .upstream.versions import REACHED_INTO, version_of
 
 if TYPE_CHECKING:
     from .styles.base import Style, TensorParallel
@@ -61,23 +66,56 @@ def record_of(model: nn.Module) -> Parallelized:
     return vars(parallelized_model(model))["_tpsp"]
 
 
-def build_mesh(config: TPSPConfig) -> DeviceMesh:
-    """The `(dp_replicate, dp_shard, tp)` mesh over all ranks. Starts the process group if it is not initialized yet.
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {f"the version of {name}": str(version_of(name)) for name in (*REACHED_INTO, "hf_tpsp")}
+
+
+def join(config: TPSPConfig) -> None:
+    """Meet the other ranks in the default process group, which is started if it is not there yet.
 
     Raises:
-        ValueError: the mesh does not have as many ranks as were started.
+        ValueError: on all ranks: they run other configs or versions, or the mesh does not have as many ranks as were
+            started.
     """
-    config.check_world(dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")))
-    state = PartialState(cpu=environment_flag("ACCELERATE_USE_CPU"))
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:
+        config.check_world(started)
+    PartialState(cpu=environment_flag("ACCELERATE_USE_CPU"))
     # This is a single process, which was not launched as one of several.
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    agree("the mesh", {**_versions(), **{f"TPSPConfig's {name}": repr(value) for name, value in vars(config).items()}})
+    config.check_world(started)
+
+
+def build_mesh(config: TPSPConfig) -> DeviceMesh:
+    """The `(dp_replicate, dp_shard, tp)` mesh over all ranks. Starts the process group if it is not initialized yet.
+    Its groups have the default group's timeout.
+
+    Raises:
+        ValueError: as `join`.
+    """
+    join(config)
     sizes = (config.dp_replicate_size, config.dp_shard_size, config.tp_size)
-    meshes = _meshes.setdefault(cast(dist.ProcessGroup, dist.group.WORLD), {})
+    meshes = _meshes_of_world()
     if sizes not in meshes:
-        mesh = meshes[sizes] = init_device_mesh(state.device.type, sizes, mesh_dim_names=MESH_DIMS)
-        c10d.flatten(mesh["dp_shard", "tp"])
+        with swapped(*c10d.PATCHES):
+            mesh = init_device_mesh(PartialState().device.type, sizes, mesh_dim_names=MESH_DIMS)
+            c10d.flatten(mesh["dp_shard", "tp"])
+        meshes[sizes] = mesh
     return meshes[sizes]
+
+
+def _meshes_of_world() -> dict[tuple[int, ...], DeviceMesh]:
+    return _meshes.setdefault(cast(dist.ProcessGroup, dist.group.WORLD), {})
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Have every collective of the default process group and of the meshes end after `timeout`, also those of groups
+    that were made before it was known."""
+    for mesh in _meshes_of_world().values():
+        c10d.set_timeout(mesh, timeout)
 
 
 def full_state_dict(model: nn.Module, state_dict: dict | None = None) -> dict[str, torch.Tensor]:

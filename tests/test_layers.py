@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "hf_tpsp"
 ORDER = [
     "cli", "__main__", "__init__", "tools", "api", "integrations", "sharding", "witness", "plan", "styles", "forward", "loss",
     "upstream", "launch", "rules", "state", "config", "structure", "sizes", "collectives", "vocabulary", "fingerprint",
-    "checkpoint",
-    # What is known of torch alone, which knows nothing of hf_tpsp: whoever needs it may use it.
-    "upstream.torch", "patching",
+    "checkpoint", "agreement", "departure",
+    # What is known of torch alone and of versions, which know nothing of hf_tpsp: whoever needs it may use it.
+    "upstream.torch", "upstream.versions", "patching",
 ]  # fmt: skip
 
 

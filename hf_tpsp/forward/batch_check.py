@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from ..collectives import all_gather
 from ..fingerprint import MULTIPLIER, fingerprint, fingerprint_of_text, leaves
+from ..upstream.torch import caches
 from ..upstream.torch.fake import is_fake
 from ..vocabulary import ADVICE, OutOfVocabulary, stray
 from . import randomness
@@ -85,6 +86,7 @@ def install(model: nn.Module, mesh: DeviceMesh) -> None:
     @functools.wraps(inner)
     def forward(*args, **kwargs):
         nonlocal calls
+        caches.bound()
         given = {**(_beside.get() or {}), **dict(zip(names, args, strict=False)), **kwargs}
         kept = {n: x for n, x in given.pop("_batch", {}).items() if n not in given and isinstance(x, Tensor)}
         if kept:

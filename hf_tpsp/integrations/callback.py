@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..config import TPSPConfig
+from ..forward import finite
 from ..forward.options import check_dtypes
 from ..patching import swap
 from ..sharding import set_mixed_precision
-from ..state import is_parallelized, parallelized_model, record_of
+from ..state import is_parallelized, join, parallelized_model, record_of, set_timeout
 from . import checkpoints, prepare, registry, resume, session
 from .trainer import check_accelerator, check_parameters
 
@@ -32,11 +34,18 @@ class TPSPCallback(TrainerCallback):
 
     def __init__(self, config: TPSPConfig | None = None):
         self.config = config or TPSPConfig.from_accelerate()
+        if self.config.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+            join(self.config)
         if self.config.world_size > 1:
             install(self.config)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.set_up(args, state, model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if model is not None and (guard := finite.guard_of(model)) is not None:
+            # A training that was resumed does not begin with step 1.
+            guard.step = state.global_step + 1
 
     def set_up(self, args, state, model) -> None:
         """Shard and check a model of the Trainer's: the first one, or one that `model_init` has made since."""
@@ -46,6 +55,7 @@ class TPSPCallback(TrainerCallback):
         registry.install(session.current() or install(self.config), args)
         if not is_parallelized(model):
             registry.shard(model, self.config)
+        set_timeout(args.ddp_timeout_delta)
         inner, done = parallelized_model(model), record_of(model)
         check_accelerator(done.config)
         if done.config.compile and args.gradient_checkpointing:

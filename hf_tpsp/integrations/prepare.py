@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from ..patching import swap
 from ..sharding import set_mixed_precision
-from ..state import is_parallelized
+from ..state import is_parallelized, set_timeout
 from ..upstream.accelerate import prepare_beside_sharded
-from . import loading, registry, session
+from . import alike, loading, registry, session
 from .trainer import check_accelerator, check_parameters
 
 
@@ -28,11 +28,15 @@ def _patch_prepare(original):
 
     @functools.wraps(original)
     def prepare(self, *args, device_placement=None):
+        if any(isinstance(arg, torch.optim.Optimizer) for arg in args):
+            alike.compare_prepared(self, args)
         replaced = parallelize_prepared(args)
         sharded = [isinstance(arg, nn.Module) and is_parallelized(arg) for arg in args]
         if not any(sharded):
             _follow_parameters(args, replaced)
             return original(self, *args, device_placement=device_placement)
+        if self.init_handler is not None and self.init_handler.timeout is not None:
+            set_timeout(self.init_handler.timeout)
         for model in (arg for arg, ours in zip(args, sharded, strict=True) if ours):
             if self.mixed_precision not in ("no", "bf16"):
                 raise ValueError(

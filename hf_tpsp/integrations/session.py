@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..config import TPSPConfig
+from ..departure import LAST_WORDS
 from ..launch import environment
 from ..patching import set_environment
 from ..upstream import accelerate, install, versions
@@ -64,6 +65,7 @@ def start(config: TPSPConfig) -> Enabled:
     handle.once(accelerate.use_cpu_if_alone)
     handle.once(lambda: set_environment(environment(config)))
     handle.once(install.install)
+    handle.once(LAST_WORDS.hold)
     if not is_main and logging.is_progress_bar_enabled():
         # Loading shows one progress bar, not one for each rank.
         handle.once(_quiet_progress)

@@ -17,6 +17,7 @@ from ..forward import batch_check
 from ..loss.cross_entropy import causal_lm_loss
 from ..loss.logits import LazyLogits
 from ..patching import swap
+from . import alike
 from .contract import Integration
 
 # Optimizers that update each element by itself, so that it does not matter how a parameter is sharded. Others look at
@@ -145,9 +146,31 @@ def patch_label_smoother(original):
     return __call__
 
 
+def _compares_arguments(original: Callable) -> Callable:
+    """The first step of a Trainer that needs its arguments, after which it first counts on all ranks."""
+
+    @functools.wraps(original)
+    def create_accelerator_and_postprocess(self):
+        original(self)
+        alike.compare_arguments(self.args)
+
+    return create_accelerator_and_postprocess
+
+
+def _compares_start(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        alike.compare_start(self, resume_from_checkpoint)
+        return original(self, resume_from_checkpoint, *args, **kwargs)
+
+    return train
+
+
 def install() -> Callable[[], None]:
     """Patch the Trainer's steps and its label smoother. Returns the function that undoes it."""
     return swap(
+        (Trainer, "create_accelerator_and_postprocess", _compares_arguments),
+        (Trainer, "train", _compares_start),
         (LabelSmoother, "__call__", patch_label_smoother),
         (Trainer, "training_step", _knows_batch),
         (Trainer, "prediction_step", _knows_batch),

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..forward import outside
-from ..upstream.torch import autograd, fsdp2
+from ..upstream.torch import autograd, caches, fsdp2
 
 
 class ReplicatedGradients:
@@ -121,6 +121,8 @@ class ReplicatedGradients:
         """
         if self._armed is not None and self._armed() is not None:
             return
+        # On an accelerator this is another thread than the forward's.
+        caches.bound()
         # An earlier backward that raised did not restore what it had set aside.
         self._restore()
         sums, adapters = self.summed(), self._parameters(self._adapters)

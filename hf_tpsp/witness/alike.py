@@ -1,9 +1,7 @@
-"""Compares what ranks must hold alike: each makes a few int64 digests, and one gather shows them to the whole job."""
+"""Compares the tensors that ranks must hold alike: each makes a few int64 digests, and one gather shows them to the whole
+job."""
 
 from __future__ import annotations
-
-import json
-from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
@@ -12,42 +10,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
 from ..collectives import all_gather
-from ..config import TPSPConfig
-from ..fingerprint import PIECE, fingerprint, fingerprint_of_text
+from ..fingerprint import PIECE, fingerprint
 from ..upstream.torch.fsdp2 import sharded_parameter
-
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "hf_tpsp")
-
-
-def compare_setup(config: TPSPConfig, plan: dict[str, str], model: PreTrainedModel, mesh) -> None:
-    """Raise `ValueError` on all ranks unless they run the same versions, config, plan and model config."""
-    given = {
-        **{f"the version of {name}": version(name) for name in LIBRARIES},
-        **{f"TPSPConfig's {name}": repr(value) for name, value in vars(config).items()},
-        "the plan": json.dumps(dict(plan), sort_keys=True),
-        "the model's class": type(model).__name__,
-        "the model's config": model.config.to_json_string(),
-    }
-    digests = [fingerprint_of_text(text) for text in given.values()]
-    table = gather_over_world(torch.tensor(digests, device=mesh.device_type))
-    if (table == table[0]).all():
-        return
-    everyones: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, given)
-    for name in given:
-        for rank, theirs in enumerate(everyones):
-            if theirs[name] != everyones[0][name]:
-                values = [t[name] if len(t[name]) < 80 else _first_difference(t[name], o[name])
-                          for t, o in ((theirs, everyones[0]), (everyones[0], theirs))]  # fmt: skip
-                raise ValueError(
-                    f"hf_tpsp: {name} is {values[0]} on rank {rank}, but {values[1]} on rank 0. All ranks must run the same script "
-                    "in the same environment."
-                )
-
-
-def _first_difference(text: str, other: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    return f"…{text[max(0, at - 20) : at + 40]}…"
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

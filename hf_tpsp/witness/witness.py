@@ -2,8 +2,8 @@
 
 The checks run in the first training forward (or in every N-th), before the optimizer steps on its gradients:
 
-* what all ranks must agree on is compared: the versions of the libraries, the config, the plan, and bit by bit every
-  parameter and buffer of which several ranks hold the same piece;
+* what all ranks must agree on is compared: the plan and the model's config, which a script may have changed since the
+  model was sharded, and bit by bit every parameter and buffer of which several ranks hold the same piece;
 * the embedding, the head with its loss, and one block and one norm of each kind are run twice on the input that they
   get: as they train, and whole, as the class was written. Outputs and gradients of the input must agree within the
   dtype's tolerance;
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..agreement import agree
 from ..config import TPSPConfig
 from ..fingerprint import fingerprint
 from ..rules import Rule, rule_for, wildcard
@@ -39,7 +41,6 @@ from ..styles.stream import Embedding, Norm
 from ..upstream.torch.fake import is_fake
 from ..upstream.torch.modules import without_compiled_code
 from .alike import (
-    compare_setup,
     compare_state,
     gather_over_world,
     holders,
@@ -122,7 +123,7 @@ class Witness:
         return any(is_fake(getattr(p, "_local_tensor", p)) for p in self.model.parameters())
 
     def _checked(self, inner, args: tuple, kwargs: dict) -> Any:
-        compare_setup(self.config, self.plan, self.model, self.mesh)
+        agree("the first forward", setup_of(self.model, self.plan))
         compare_state(self.model, self.mesh)
         parameters = sharded_parameters(self.model)
         errors: dict[str, list[Tensor]] = {}
@@ -233,6 +234,15 @@ class Witness:
                     "hold this parameter. Its sum over the ranks is missing or was taken twice. " + _WAY_OUT
                 )
         return True
+
+
+def setup_of(model: PreTrainedModel, plan: dict[str, str]) -> dict[str, str]:
+    """What all ranks must have alike of a model beside its tensors, in words."""
+    return {
+        "the model's class": type(model).__name__,
+        "the model's config": model.config.to_json_string(),
+        "the plan": json.dumps(dict(plan), sort_keys=True),
+    }
 
 
 _WAY_OUT = (

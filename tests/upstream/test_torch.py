@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,15 +11,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode, _clear_sharding_prop_cache
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, _redistribute, distribute_tensor
+from torch.distributed.tensor.debug import (
+    CommDebugMode,
+    _clear_sharding_prop_cache,
+    _get_fast_path_sharding_prop_cache_stats,
+)
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.distributed.tensor.parallel.loss import _disable_custom_loss_ops
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_tpsp.upstream.torch import dtensor
+from hf_tpsp.patching import swapped
+from hf_tpsp.upstream.torch import c10d, caches, dtensor
 
 from .worlds import world
 
@@ -54,6 +60,42 @@ def test_gloo_reduce_scatters_by_an_all_reduce(alone):
             torch.ops._c10d_functional.reduce_scatter_tensor(torch.zeros(4), "sum", 1, dist.group.WORLD.group_name)
         )
     assert [event.name for event in profile.events() if event.name.startswith("gloo:")] == ["gloo:all_reduce"]
+
+
+@still_needed("c10d._patch_new_timeout")
+def test_a_new_group_does_not_take_the_timeout_of_the_default_group(alone):
+    dist.group.WORLD.set_timeout(timedelta(seconds=5))
+    assert c10d.default_timeout() == timedelta(seconds=5)
+    timeouts = []
+    for patches in ((), c10d.PATCHES):
+        with swapped(*patches):
+            timeouts.append(dist.new_group([0])._get_backend(torch.device("cpu")).options._timeout)
+    assert timeouts[0] != timedelta(seconds=5) == timeouts[1]
+
+
+def remembered() -> tuple[int, int]:
+    return _get_fast_path_sharding_prop_cache_stats()[1], _redistribute._gen_transform_infos.cache_info().currsize
+
+
+@still_needed("caches.bound")
+def test_dtensor_remembers_every_shape(alone, monkeypatch):
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    for rows in range(1, 300):
+        (sharded(rows) + 1).redistribute(placements=[Replicate()])
+    decisions, plans = remembered()
+    assert decisions >= 299 and plans >= 299
+    monkeypatch.setattr(caches._bound, "limit", decisions + plans)
+    caches.bound()
+    assert remembered() == (decisions, plans)
+    monkeypatch.setattr(caches._bound, "calls", caches.SOON)
+    monkeypatch.setattr(caches._bound, "limit", decisions + plans - 1)
+    caches.bound()
+    assert remembered() == (0, 0) and caches._bound.limit == decisions + plans - 1
+    (sharded(2) + 1).redistribute(placements=[Replicate()])
+    monkeypatch.setattr(caches._bound, "limit", 1)
+    caches.bound()  # soon again: these steps need more
+    assert remembered() == (0, 0) and caches._bound.limit == 2
 
 
 @still_needed("c10d.flatten")

@@ -128,21 +128,15 @@ def test_code_that_the_small_copy_does_not_show(ranks, cls, length, name):
 
 
 def other_environment(what: str) -> str:
-    config = MESH_1x2
     rank = dist.get_rank()
-    if what == "config":
-        model = parallelized(TPSPConfig(tp_size=2, regather_inputs=rank == 0))
-    elif what == "versions":
-        model = parallelized(config)
-        real = hf_tpsp.witness.alike.version
-        with mock.patch.object(
-            hf_tpsp.witness.alike, "version", lambda name: "9.9" if rank and name == "peft" else real(name)
-        ):
-            return step(model)
-    else:
-        model = parallelized(config)
-        if rank:
-            model.config.attention_dropout = 0.1
+    theirs = {"the version of peft": "9.9"} if what == "versions" and rank else {}
+    try:
+        with mock.patch.object(hf_tpsp.state, "_versions", lambda: theirs or {"the version of peft": "0.21"}):
+            model = parallelized(TPSPConfig(tp_size=2, regather_inputs=rank == 0 or what != "config"))
+    except ValueError as error:
+        return str(error)
+    if rank:
+        model.config.attention_dropout = 0.1
     return step(model)
 
 

@@ -1,14 +1,18 @@
-"""torch's process groups and meshes: a collective that is slow on gloo, and what has no public form."""
+"""torch's process groups and meshes: a collective that is slow on gloo, timeouts, and what has no public form."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group
 
 # The functional collectives, whose results selective checkpointing can keep.
 functional = torch.ops._c10d_functional
@@ -70,3 +74,46 @@ def group_of(operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> dis
         return dist.ProcessGroup.unbox(given["process_group"])
     group = given["group_name"]
     return _resolve_process_group(group) if isinstance(group, str) else group
+
+
+def _default_backend() -> object | None:
+    """The default group's backend of its first device; None if there is no group."""
+    world = dist.group.WORLD if dist.is_initialized() else None
+    return None if world is None else world._get_backend(world._device_types[0])
+
+
+def default_timeout() -> timedelta | None:
+    """The timeout of the default process group's collectives; None if there is no group, or one that sends nothing."""
+    backend = _default_backend()
+    return None if backend is None or isinstance(backend, FakeProcessGroup) else backend.options._timeout
+
+
+def store() -> dist.Store | None:
+    """The store of the default process group, in which its ranks find each other; None if there is no such group, or
+    its other ranks do not exist. torch 2.13 has no public way to it."""
+    return _get_default_store() if default_timeout() is not None else None
+
+
+def set_timeout(mesh: DeviceMesh, timeout: timedelta) -> None:
+    """Have the collectives of the default group, and of each group of `mesh`, end after `timeout`."""
+    if default_timeout() is None:
+        return
+    groups = [dist.group.WORLD, *mesh.get_all_groups()]
+    groups += [flat.get_group() for flat in mesh._get_root_mesh()._flatten_mapping.values()]
+    for group in groups:
+        group.set_timeout(timeout)
+
+
+def _patch_new_timeout(original):
+    """torch 2.13 (distributed_c10d.py, `new_group`; device_mesh.py, `init_device_mesh`, which has no argument for it)
+    gives a new group the library's own timeout, of 10 or 30 minutes, whatever the default group's is. A rank that waits
+    for one that is gone, also while the group is made, waits as long. Delete when a mesh takes the default group's."""
+
+    @functools.wraps(original)
+    def _get_default_timeout(backend):
+        return default_timeout() or original(backend)
+
+    return _get_default_timeout
+
+
+PATCHES = ((distributed_c10d, "_get_default_timeout", _patch_new_timeout),)
