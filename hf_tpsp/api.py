@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import transformers.trainer
+from torch import nn
 from transformers import PreTrainedModel
 
-from .config import TPSPConfig
+from .config import TPSPConfig, launched_ranks
+from .inputs import instance
 from .integrations import loading, registry, session
 from .integrations.callback import TPSPCallback, install
 from .state import is_parallelized
@@ -29,10 +30,12 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
 
     Raises:
         ValueError: the mesh does not have as many ranks as were started, or hf_tpsp is already enabled with another
-            config.
+            config, or a variable of the launcher's has no value of its kind.
+        TypeError: `config` is no `TPSPConfig`.
     """
-    config = config or TPSPConfig.from_accelerate()
-    config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    config = TPSPConfig.from_accelerate() if config is None else config
+    instance("config", config, TPSPConfig, "Write enable(TPSPConfig(tp_size=…)), or enable() under `accelerate launch`.")
+    config.check_world(launched_ranks())
     if (running := session.current()) is not None:
         if running.config != config:
             raise ValueError(f"hf_tpsp is enabled with {running.config}; disable() that first.")
@@ -64,7 +67,10 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     Raises:
         ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.
+        TypeError: `model` is no module, or `config` no `TPSPConfig`.
     """
+    instance("config", config, TPSPConfig, "Write parallelize(model, TPSPConfig(tp_size=…)).")
+    instance("model", model, nn.Module, "Give it a causal LM of transformers, or one that peft has put adapters around.")
     if is_parallelized(model):
         raise ValueError("This model is already parallelized.")
     return registry.shard(model, config)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from .config import TPSPConfig, environment_flag
+from .config import TPSPConfig, launched_ranks
+from .inputs import environment_flag
 from .upstream.torch import c10d
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def build_mesh(config: TPSPConfig) -> DeviceMesh:
     Raises:
         ValueError: the mesh does not have as many ranks as were started.
     """
-    config.check_world(dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1")))
+    config.check_world(dist.get_world_size() if dist.is_initialized() else launched_ranks())
     state = PartialState(cpu=environment_flag("ACCELERATE_USE_CPU"))
     # This is a single process, which was not launched as one of several.
     if not dist.is_initialized():

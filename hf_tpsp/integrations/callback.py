@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..forward.options import check_dtypes
+from ..inputs import instance
 from ..patching import swap
 from ..sharding import set_mixed_precision
 from ..state import is_parallelized, parallelized_model, record_of
@@ -31,7 +32,8 @@ class TPSPCallback(TrainerCallback):
     """
 
     def __init__(self, config: TPSPConfig | None = None):
-        self.config = config or TPSPConfig.from_accelerate()
+        self.config = TPSPConfig.from_accelerate() if config is None else config
+        instance("config", self.config, TPSPConfig, "Write TPSPCallback(TPSPConfig(tp_size=…)).")
         if self.config.world_size > 1:
             install(self.config)
 

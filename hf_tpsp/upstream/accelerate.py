@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..config import environment_flag
+from ..inputs import environment_flag
 from ..patching import set_environment
 
 

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations import neftune
 from transformers.trainer_utils import HubStrategy
 
-from ..config import environment_flag
+from ..inputs import environment_flag
 from ..state import is_parallelized, saved_state_dict
 
 
