@@ -34,7 +34,9 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
         TypeError: `config` is no `TPSPConfig`.
     """
     config = TPSPConfig.from_accelerate() if config is None else config
-    instance("config", config, TPSPConfig, "Write enable(TPSPConfig(tp_size=…)), or enable() under `accelerate launch`.")
+    instance(
+        "config", config, TPSPConfig, "Write enable(TPSPConfig(tp_size=…)), or enable() under `accelerate launch`."
+    )
     config.check_world(launched_ranks())
     if (running := session.current()) is not None:
         if running.config != config:
@@ -70,7 +72,9 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         TypeError: `model` is no module, or `config` no `TPSPConfig`.
     """
     instance("config", config, TPSPConfig, "Write parallelize(model, TPSPConfig(tp_size=…)).")
-    instance("model", model, nn.Module, "Give it a causal LM of transformers, or one that peft has put adapters around.")
+    instance(
+        "model", model, nn.Module, "Give it a causal LM of transformers, or one that peft has put adapters around."
+    )
     if is_parallelized(model):
         raise ValueError("This model is already parallelized.")
     return registry.shard(model, config)

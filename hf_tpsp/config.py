@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import Field, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from .inputs import choice, environment_flag, environment_number, flag, names_its_fields, nearest, whole_number
+from .inputs import (
+    MOST_RANKS,
+    choice,
+    environment_flag,
+    environment_number,
+    flag,
+    names_its_fields,
+    nearest,
+    whole_number,
+)
 from .sizes import size_of
 
 if TYPE_CHECKING:
@@ -28,7 +38,9 @@ CHOICES = {"loss": LOSSES, "activation_checkpointing": ACTIVATION_CHECKPOINTING,
 
 def divisors(*numbers: int) -> list[int]:
     """The sizes that divide every one of `numbers`."""
-    return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
+    common = math.gcd(*numbers)
+    small = [n for n in range(1, math.isqrt(common) + 1) if common % n == 0]
+    return sorted({*small, *(common // n for n in small)})
 
 
 @names_its_fields
@@ -184,7 +196,7 @@ def _value(field: Field, value: Any, label: str) -> Any:
     """`value` in the type of `field`. Raises `ValueError`, which calls it `label`, if it is none that the field can
     have."""
     if field.type == "int":
-        return whole_number(label, value)
+        return whole_number(label, value, most=MOST_RANKS)
     if field.type == "bool":
         return flag(label, value)
     if field.name in CHOICES:

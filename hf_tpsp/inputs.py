@@ -18,6 +18,9 @@ FLAGS = dict.fromkeys(("true", "yes", "on", "1", "t", "y"), True) | dict.fromkey
     ("false", "no", "off", "0", "f", "n"), False
 )
 
+MOST_RANKS = 2**20
+"""More than any world has. A size with a digit too many is refused, before tables of that length are made."""
+
 Class = TypeVar("Class", bound=type)
 
 
@@ -31,7 +34,7 @@ def nearest(word: object, names: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def whole_number(name: str, value: object, least: int = 1) -> int:
+def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> int:
     """`value` as an int: it may be of numpy too, but neither a bool nor a float. Raises `ValueError` with `name`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
@@ -39,7 +42,18 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
         number = None
     if number is None or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}.")
     return number
+
+
+def parsed_number(name: str, text: str, least: int = 1) -> int:
+    """`whole_number` of a text."""
+    try:
+        value: object = int(text)
+    except ValueError:
+        value = text
+    return whole_number(name, value, least)
 
 
 def flag(name: str, value: object) -> bool:
@@ -72,12 +86,7 @@ def environment_flag(name: str, default: str = "false") -> bool:
 
 def environment_number(name: str, default: int, least: int = 0) -> int:
     """The environment variable `name` as a number. Raises `ValueError` if it is not a whole one of at least `least`."""
-    text = os.environ.get(name, str(default))
-    try:
-        value: object = int(text)
-    except ValueError:
-        value = text
-    return whole_number(f"The environment variable {name}", value, least)
+    return parsed_number(f"The environment variable {name}", os.environ.get(name, str(default)), least)
 
 
 def names_its_fields(cls: Class) -> Class:

@@ -12,8 +12,9 @@ from hf_tpsp import TPSPConfig
 from hf_tpsp.cli import main
 from hf_tpsp.tools.estimate.estimation import _largest, estimate
 from hf_tpsp.tools.estimate.hardware import GIB, Hardware, parse_bytes
-from hf_tpsp.tools.estimate.meshes import MODELS, legal_meshes
+from hf_tpsp.tools.estimate.meshes import legal_meshes
 from hf_tpsp.tools.estimate.simulate import Job, build_on_meta
+from hf_tpsp.tools.source import SHIPPED
 
 
 @pytest.mark.parametrize("limit", [0, 3, 7, 100, 12345])
@@ -54,7 +55,7 @@ PARAMETERS = {
 
 def test_shipped_models():
     """Their sizes are those that their publishers state."""
-    for path in MODELS.glob("*.json"):
+    for path in SHIPPED.values():
         model = build_on_meta(AutoConfig.for_model(**json.loads(path.read_text())), Job(seq=1))
         if path.stem in PARAMETERS:
             assert sum(p.numel() for p in model.parameters()) == PARAMETERS.pop(path.stem), path
