@@ -69,7 +69,7 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     Raises:
         ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.
-        TypeError: `model` is no module, or `config` no `TPSPConfig`.
+        TypeError: `model` is no model of transformers or peft, or `config` no `TPSPConfig`.
     """
     instance("config", config, TPSPConfig, "Write parallelize(model, TPSPConfig(tp_size=…)).")
     instance(

@@ -69,14 +69,16 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{nearest(value, allowed)}"
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}."
+            f"{nearest(value, allowed) if isinstance(value, str) else ''}"
         )
 
 
 def instance(name: str, value: object, kind: type, instead: str) -> None:
     """Raise `TypeError` with `name` unless `value` is a `kind`. `instead` says where to get one."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r:.80}. {instead}")
+        found = " ".join(repr(value).split())[:80]
+        raise TypeError(f"{name} must be of {kind.__name__}, got {found}. {instead}")
 
 
 def environment_flag(name: str, default: str = "false") -> bool:

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_mesh_arguments, add_trust_argument, mesh_config, one_of, output_file, whole
@@ -185,6 +184,9 @@ def run_all(args: argparse.Namespace) -> None:
     if unknown := [name for name in names if name not in known]:
         near = nearest(unknown[0], known)
         raise ValueError(f"transformers has no causal LM of type {', '.join(unknown)}.{near}")
+    if args.results and args.results.exists():
+        # A file that holds something else is refused before anything is run.
+        support.load(args.results)
     verdicts = []
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     # The table may be piped into a file.

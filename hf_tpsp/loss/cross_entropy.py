@@ -145,6 +145,7 @@ def vocab_parallel_cross_entropy(
     """
     instance("logits", logits, Tensor, "Give it what the model returned, or a tensor [..., vocab].")
     instance("labels", labels, Tensor, "Give it a tensor of token ids, one for each row of the logits.")
+    instance("ignore_index", ignore_index, int, "transformers uses -100.")
     _check(logits, labels, ignore_index)
     choice("reduction", reduction, ("none", "sum", "mean"))
     if not 0 <= label_smoothing <= 1:

@@ -31,7 +31,6 @@ from collections.abc import Iterable, Iterator
 
 from torch.distributed import TCPStore
 
-
 LOOPBACK = "127.0.0.1"
 """The ranks meet here. Nothing of a pool can be reached from another machine."""
 

@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from ..inputs import nearest, whole_number
+from ..inputs import nearest
 from ..integrations.loading import check_not_quantized
 from ..sizes import size_of
 
@@ -83,7 +83,8 @@ def read(model: str | Path | PreTrainedConfig, trust_remote_code: bool = False) 
     if isinstance(model, PreTrainedConfig):
         source = Source(model.model_type, model)
     elif not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"A model is named by a string, a path or a config of transformers, got {model!r:.80}.")
+        kind = type(model).__name__
+        raise TypeError(f"A model is named by a string, a path or a config of transformers, got a {kind}.")
     elif isinstance(model, str) and model in CONFIG_MAPPING:
         source = Source(model, _built(model, lambda: CONFIG_MAPPING[model](**COMPLETED.get(model, {}))))
     else:
@@ -190,7 +191,7 @@ def _check(source: Source) -> None:
     text = config.get_text_config(decoder=True)
     sizes = {field: size_of(text, field) for field in SIZES}
     for field, size in sizes.items():
-        if size is not None and size < 1 or (size is None and field == "vocab_size"):
+        if (size is not None and size < 1) or (size is None and field == "vocab_size"):
             raise ValueError(f"{name}: {text.attribute_map.get(field, field)} must be at least 1, got {size}.")
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads and kv_heads and heads % kv_heads:
