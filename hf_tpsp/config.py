@@ -210,12 +210,14 @@ def _choices_in_environment(cls: type) -> dict[str, object]:
     """The fields that `HF_TPSP_<FIELD>` variables set. Raises `ValueError` for the mesh's sizes, for unknown names, and
     for values that the field cannot have."""
     choices = {f"HF_TPSP_{f.name.upper()}": f for f in fields(cls) if f.type != "int"}
-    set_here = [name for name in os.environ if name.startswith("HF_TPSP_")]
-    for variable in set_here:
+    found: dict[str, object] = {}
+    for variable in (name for name in os.environ if name.startswith("HF_TPSP_")):
         if variable not in choices:
             near = nearest(variable, choices)
             raise ValueError(f"The environment sets {variable}; hf_tpsp reads {', '.join(choices)}.{near}")
-    return {choices[v].name: _value(choices[v], os.environ[v], v) for v in set_here}
+        field = choices[variable]
+        found[field.name] = _value(field, os.environ[variable], variable)
+    return found
 
 
 def launched_ranks() -> int:

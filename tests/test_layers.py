@@ -12,7 +12,7 @@ ORDER = [
     "cli", "__main__", "__init__", "tools", "api", "integrations", "sharding", "witness", "plan", "styles", "forward", "loss",
     "upstream", "launch", "rules", "state", "config", "structure", "sizes", "collectives", "vocabulary", "fingerprint",
     # What is known of torch alone, which knows nothing of hf_tpsp: whoever needs it may use it.
-    "upstream.torch", "patching",
+    "upstream.torch", "patching", "inputs",
 ]  # fmt: skip
 
 

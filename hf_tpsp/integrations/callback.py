@@ -16,7 +16,7 @@ from ..patching import swap
 from ..sharding import set_mixed_precision
 from ..state import is_parallelized, parallelized_model, record_of
 from . import prepare, registry, session
-from .trainer import check_accelerator, check_parameters
+from .trainer import check_accelerator, check_parameters, check_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -37,10 +37,10 @@ class TPSPCallback(TrainerCallback):
         if self.config.world_size > 1:
             install(self.config)
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        self.set_up(args, state, model)
+    def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        self.set_up(args, state, model, processing_class)
 
-    def set_up(self, args, state, model) -> None:
+    def set_up(self, args, state, model, processing_class) -> None:
         """Shard and check a model of the Trainer's: the first one, or one that `model_init` has made since."""
         if self.config.world_size == 1 or model is None:
             return
@@ -54,6 +54,7 @@ class TPSPCallback(TrainerCallback):
             # The config's own check raises, and says why the two do not go together.
             replace(done.config, activation_checkpointing="full")
         check_parameters(model)
+        check_tokenizer(inner, processing_class)
         # The dtype is that of TrainingArguments(bf16=True), or else the preset's.
         set_mixed_precision(model)
         check_dtypes(inner)
@@ -86,7 +87,7 @@ def _set_up_again(original: Callable) -> Callable:
         handler = vars(self).get("callback_handler")
         for callback in handler.callbacks if handler is not None else ():
             if isinstance(callback, TPSPCallback):
-                callback.set_up(self.args, self.state, model)
+                callback.set_up(self.args, self.state, model, self.processing_class)
         return model
 
     return call_model_init

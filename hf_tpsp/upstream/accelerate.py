@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..inputs import environment_flag
 from ..patching import set_environment
+from .torch.unpickling import reads_restricted
 
 
 def use_cpu_if_alone() -> Callable[[], None]:
@@ -172,4 +173,6 @@ PATCHES = (
     (Accelerator, "dispatch_batches", _patch_dispatch_batches),
     (AcceleratedScheduler, "step", _patch_scheduler),
     (Accelerator, "gather_for_metrics", _patch_gather_for_metrics),
+    (accelerate.accelerator, "load_fsdp_model", reads_restricted),
+    (accelerate.accelerator, "load_fsdp_optimizer", reads_restricted),
 )

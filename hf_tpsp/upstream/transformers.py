@@ -19,6 +19,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..inputs import environment_flag
 from ..state import is_parallelized, saved_state_dict
+from .torch.unpickling import reads_restricted
 
 
 def _write_folder(trainer: transformers.Trainer, output_dir: str | None = None) -> None:
@@ -251,6 +252,8 @@ PATCHES = (
     (transformers.Trainer, "_track_num_input_tokens", _patch_track_tokens),
     (transformers.Trainer, "store_flos", _patch_store_flos),
     (transformers.Trainer, "_get_num_items_in_batch", _patch_num_items),
+    (transformers.trainer, "load_fsdp_model", reads_restricted),
+    (transformers.trainer, "load_fsdp_optimizer", reads_restricted),
 )
 
 LOADING_PATCHES = ((PreTrainedModel, "_initialize_missing_keys", _patch_initialize),)
