@@ -72,9 +72,8 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         TypeError: `model` is no model of transformers or peft, or `config` no `TPSPConfig`.
     """
     instance("config", config, TPSPConfig, "Write parallelize(model, TPSPConfig(tp_size=…)).")
-    instance(
-        "model", model, nn.Module, "Give it a causal LM of transformers, or one that peft has put adapters around."
-    )
+    if not (isinstance(model, nn.Module) and registry.wraps(model)):
+        instance("model", model, PreTrainedModel, "Give it a causal LM, or one that peft has put adapters around.")
     if is_parallelized(model):
         raise ValueError("This model is already parallelized.")
     return registry.shard(model, config)

@@ -11,7 +11,7 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 # accelerate reads the same words in its environment variables.
 FLAGS = dict.fromkeys(("true", "yes", "on", "1", "t", "y"), True) | dict.fromkeys(
@@ -28,8 +28,9 @@ def nearest(word: object, names: Iterable[str]) -> str:
     """` Did you mean …?` with up to three of `names` that begin like `word` or are spelt nearly so; or nothing."""
     text, names = str(word), list(names)
     begin = [name for name in names if len(text) > 1 and name.lower().startswith(text.lower())]
-    by_lower = {name.lower(): name for name in names}
-    alike = [by_lower[name] for name in difflib.get_close_matches(text.lower(), by_lower, 3)]
+    # The dashes of options are alike in all of them.
+    bare = {name.lower().lstrip("-"): name for name in names}
+    alike = [bare[name] for name in difflib.get_close_matches(text.lower().lstrip("-"), bare, 3)]
     close = list(dict.fromkeys([*alike, *begin]))[:3]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
@@ -97,7 +98,7 @@ def names_its_fields(cls: Class) -> Class:
     names = [name for name in inspect.signature(init).parameters if name != "self"]
 
     @functools.wraps(init)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in names:
                 raise TypeError(

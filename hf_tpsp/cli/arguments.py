@@ -22,8 +22,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            options = re.findall(r"--[\w-]+", found.parser.format_usage())
-            found.parser.error(f"there is no {unknown[0]!r}.{nearest(unknown[0], options)}")
+            parser = getattr(found, "parser", self)
+            options = re.findall(r"--[\w-]+", parser.format_usage())
+            parser.error(f"there is no {unknown[0]!r}.{nearest(unknown[0], options)}")
         return found
 
 

@@ -102,7 +102,7 @@ def check_tokenizer(model: PreTrainedModel, processing_class: Any) -> None:
         return
     outside = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
     uses = {getattr(tokenizer, name, None): name for name in SPECIAL_TOKENS}
-    uses |= {token: "chat template's" for token in outside if token in str(tokenizer.chat_template)}
+    uses |= {token: "chat template's" for token in tokenizer.get_added_vocab() if token in str(tokenizer.chat_template)}
     used = [f"its {uses[token]} {token!r} is {index}" for token, index in outside.items() if token in uses]
     sizes = f"The tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows"
     if used:

@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from ..inputs import nearest
+from ..inputs import nearest, whole_number
 from ..integrations.loading import check_not_quantized
 from ..sizes import size_of
 
@@ -127,6 +127,11 @@ def _from_file(name: str, trust_remote_code: bool) -> Source:
         raise ValueError(f"{path} has no model_type (such as 'llama'), so it is no config of transformers.")
     if not known:
         raise ValueError(f"{path}: transformers knows no model type {kind!r}.{nearest(kind, CONFIG_MAPPING)}")
+    text = values.get("text_config")
+    for field, size in [*values.items(), *(text.items() if isinstance(text, dict) else ())]:
+        # Other sizes are allowed to be null, or lists with a size for each layer.
+        if field in SIZES and (isinstance(size, (int, float, str)) or (size is None and field == "vocab_size")):
+            whole_number(f"{path}: {field}", size)
     note = (
         f"transformers' own {kind}: the code in {name} ({files}) is run only with --trust-remote-code" if code else ""
     )
@@ -191,8 +196,8 @@ def _check(source: Source) -> None:
     text = config.get_text_config(decoder=True)
     sizes = {field: size_of(text, field) for field in SIZES}
     for field, size in sizes.items():
-        if (size is not None and size < 1) or (size is None and field == "vocab_size"):
-            raise ValueError(f"{name}: {text.attribute_map.get(field, field)} must be at least 1, got {size}.")
+        if size is not None:
+            whole_number(f"{name}: {text.attribute_map.get(field, field)}", size)
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads and kv_heads and heads % kv_heads:
         raise ValueError(f"{name}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}.")

@@ -1,6 +1,7 @@
 """The pool of ranks: what one task leaves, and what ends a world."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf_tpsp import TPSPConfig
 from hf_tpsp.state import build_mesh
+from hf_tpsp.tools.ranks import RankPool
 
 
 def threads() -> int:
@@ -36,6 +38,33 @@ def test_threads_do_not_grow_with_the_tasks(ranks):
     """Process groups have threads, and no mesh closes its groups."""
     counts = [ranks.run(2, task) for _ in range(8)]
     assert all(count == counts[1] for count in counts[2:]), counts
+
+
+def listening() -> tuple[list[str], bool]:
+    """The addresses on which this process listens, in hex, and whether it has run a script."""
+    sockets = {os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    # Column 1 is the local address, 3 the state (0A listens), 9 the socket.
+    addresses = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+    return addresses, hasattr(sys.modules["__main__"], "__file__")
+
+
+def test_ranks_meet_on_the_loopback_alone(ranks):
+    """The store here, and gloo on the ranks: nothing can be reached from another machine. A script is not run again,
+    so one without `if __name__ == "__main__":` starts no ranks of ranks."""
+    found = ranks.run(2, listening)
+    for addresses in (*(addresses for addresses, _ in found), listening()[0]):
+        assert addresses and all(address.startswith("0100007F:") for address in addresses), found  # 127.0.0.1
+    assert not any(ran_script for _, ran_script in found)
+
+
+def test_a_function_of_the_script_is_refused():
+    def mine():
+        pass
+
+    mine.__module__ = "__main__"
+    with pytest.raises(ValueError, match="mine is defined in the script that is run; move it into a module"):
+        RankPool().run(1, mine)
 
 
 def state() -> tuple:
