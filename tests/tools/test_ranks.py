@@ -3,6 +3,9 @@
 import os
 import sys
 import time
+import types
+from multiprocessing import spawn
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -40,22 +43,33 @@ def test_threads_do_not_grow_with_the_tasks(ranks):
     assert all(count == counts[1] for count in counts[2:]), counts
 
 
-def listening() -> tuple[list[str], bool]:
-    """The addresses on which this process listens, in hex, and whether it has run a script."""
+def listening() -> list[str]:
+    """The addresses on which this process listens, in hex."""
     sockets = {os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
     rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
     # Column 1 is the local address, 3 the state (0A listens), 9 the socket.
-    addresses = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
-    return addresses, hasattr(sys.modules["__main__"], "__file__")
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
 
 
 def test_ranks_meet_on_the_loopback_alone(ranks):
-    """The store here, and gloo on the ranks: nothing can be reached from another machine. A script is not run again,
-    so one without `if __name__ == "__main__":` starts no ranks of ranks."""
-    found = ranks.run(2, listening)
-    for addresses in (*(addresses for addresses, _ in found), listening()[0]):
-        assert addresses and all(address.startswith("0100007F:") for address in addresses), found  # 127.0.0.1
-    assert not any(ran_script for _, ran_script in found)
+    """The store here, and gloo on the ranks: nothing can be reached from another machine."""
+    for addresses in (*ranks.run(2, listening), listening()):
+        assert addresses and all(address.startswith("0100007F:") for address in addresses), addresses  # 127.0.0.1
+
+
+def test_a_script_is_not_run_again(monkeypatch):
+    """`verify()` needs no `if __name__ == "__main__":`, without which spawn would start ranks that start ranks."""
+    script = types.ModuleType("__main__")
+    script.__file__ = "/some/script.py"
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    assert spawn.get_preparation_data("a rank")["init_main_from_path"] == script.__file__
+    prepared = []
+    monkeypatch.setattr(
+        SpawnProcess, "start", lambda self: prepared.append(spawn.get_preparation_data(self.name)), raising=False
+    )
+    RankPool()._start_templates()
+    assert prepared and not any(key.startswith("init_main") for data in prepared for key in data)
+    assert sys.modules["__main__"] is script
 
 
 def test_a_function_of_the_script_is_refused():
