@@ -145,7 +145,7 @@ def test_choices_in_the_environment(environment):
     assert (config.loss, config.compile, config.regather_inputs) == ("loss_parallel", False, False)
     environment({"HF_TPSP_LOSS": "chunk"})
     assert "HF_TPSP_LOSS must be one of 'chunked', 'loss_parallel'" in refused(TPSPConfig.from_accelerate)
-    environment({"HF_TPSP_TP_SIZE": "2"})
+    environment({"HF_TPSP_LOSS": "chunked", "HF_TPSP_TP_SIZE": "2"})
     assert "HF_TPSP_TP_SIZE" in refused(TPSPConfig.from_accelerate)
     environment({"HF_TPSP_COMPILE": "maybe"})
     assert "'maybe'" in refused(TPSPConfig.from_accelerate)
