@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import transformers.trainer
+from torch import nn
 from transformers import PreTrainedModel
 
-from .config import TPSPConfig
+from .config import TPSPConfig, launched_ranks
+from .inputs import instance
 from .integrations import loading, registry, resume, session
 from .integrations.callback import TPSPCallback, install
 from .state import is_parallelized, join
@@ -29,10 +30,14 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
 
     Raises:
         ValueError: the mesh does not have as many ranks as were started, or hf_tpsp is already enabled with another
-            config.
+            config, or a variable of the launcher's has no value of its kind.
+        TypeError: `config` is no `TPSPConfig`.
     """
-    config = config or TPSPConfig.from_accelerate()
-    if config.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+    config = TPSPConfig.from_accelerate() if config is None else config
+    instance(
+        "config", config, TPSPConfig, "Write enable(TPSPConfig(tp_size=…)), or enable() under `accelerate launch`."
+    )
+    if config.world_size != launched_ranks():
         # It is said on all ranks, because this one may be the only one that has this config.
         join(config)
     if (running := session.current()) is not None:
@@ -68,7 +73,11 @@ def parallelize(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
 
     Raises:
         ValueError: the sizes do not fit the ranks or the model, or a parameter has no layout. The model is untouched.
+        TypeError: `model` is no model of transformers or peft, or `config` no `TPSPConfig`.
     """
+    instance("config", config, TPSPConfig, "Write parallelize(model, TPSPConfig(tp_size=…)).")
+    if not (isinstance(model, nn.Module) and registry.wraps(model)):
+        instance("model", model, PreTrainedModel, "Give it a causal LM, or one that peft has put adapters around.")
     if is_parallelized(model):
         raise ValueError("This model is already parallelized.")
     return registry.shard(model, config)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from .inputs import (
+    MOST_RANKS,
+    choice,
+    environment_flag,
+    environment_number,
+    flag,
+    names_its_fields,
+    nearest,
+    whole_number,
+)
 from .sizes import size_of
 
 if TYPE_CHECKING:
@@ -25,19 +36,27 @@ MIXED_PRECISION = ("no", "bf16")
 ON_NAN = ("stop", "skip", "ignore")
 
 
-def environment_flag(name: str, default: str = "false") -> bool:
-    """Whether accelerate's environment variable `name` is set to true."""
-    return os.environ.get(name, default).lower() in ("1", "true", "yes")
+CHOICES = {
+    "loss": LOSSES,
+    "activation_checkpointing": ACTIVATION_CHECKPOINTING,
+    "mixed_precision": MIXED_PRECISION,
+    "on_nan": ON_NAN,
+}
 
 
 def divisors(*numbers: int) -> list[int]:
     """The sizes that divide every one of `numbers`."""
-    return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
+    common = math.gcd(*numbers)
+    small = [n for n in range(1, math.isqrt(common) + 1) if common % n == 0]
+    return sorted({*small, *(common // n for n in small)})
 
 
+@names_its_fields
 @dataclass(frozen=True)
 class TPSPConfig:
     """Sizes of the `(dp_replicate, dp_shard, tp)` mesh, and the choices for training on it.
+
+    What is on or off may be given as a bool, or as a word of accelerate's (`"true"`, `"no"`, …).
 
     Args:
         tp_size: Ranks that share one copy of each layer, and one batch. Keep it inside a host.
@@ -89,21 +108,8 @@ class TPSPConfig:
     on_nan: str = "stop"
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "dp_shard_size", "dp_replicate_size"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
-        for name, allowed in (
-            ("loss", LOSSES),
-            ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
-            ("mixed_precision", MIXED_PRECISION),
-            ("on_nan", ON_NAN),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}.")
-
-        if not re.fullmatch(r"first|off|every(:[1-9]\d*)?", self.check):
-            raise ValueError(f"check must be 'first', 'every', 'every:<n>' or 'off', got {self.check!r}.")
+        for field in fields(self):
+            object.__setattr__(self, field.name, _value(field, getattr(self, field.name), field.name))
         if self.compile and self.activation_checkpointing != "none":
             raise ValueError(
                 f"compile=True does not combine with activation_checkpointing={self.activation_checkpointing!r}: a "
@@ -131,15 +137,14 @@ class TPSPConfig:
 
         Raises:
             ValueError: several ranks were launched without a `parallelism_config`, or with settings that hf_tpsp does
-                not run (another wrap policy than `NO_WRAP`, context parallelism, fp16, CPU offload, …).
+                not run (another wrap policy than `NO_WRAP`, context parallelism, fp16, CPU offload, …), or a variable
+                that is read has no value of its kind.
+            TypeError: an override that is no field.
         """
-        unknown = overrides.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"TPSPConfig has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}.")
         overrides = {**_choices_in_environment(cls), **overrides}
         if not environment_flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
             config = cls(**overrides)
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            world_size = launched_ranks()
             if config.world_size == 1 and world_size > 1:
                 raise ValueError(
                     f"{world_size} ranks were started without a mesh. Launch with one of hf_tpsp's presets "
@@ -149,7 +154,7 @@ class TPSPConfig:
             return config
         check_launch_environment()
         sizes = {
-            name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1"))
+            name: environment_number(f"PARALLELISM_CONFIG_{name.upper()}", 1, least=1)
             for name in ("tp_size", "dp_shard_size", "dp_replicate_size")
         }
         return cls(
@@ -202,19 +207,40 @@ class TPSPConfig:
                 )
 
 
+def _value(field: Field, value: Any, label: str) -> Any:
+    """`value` in the type of `field`. Raises `ValueError`, which calls it `label`, if it is none that the field can
+    have."""
+    if field.type == "int":
+        return whole_number(label, value, most=MOST_RANKS)
+    if field.type == "bool":
+        return flag(label, value)
+    if field.name in CHOICES:
+        choice(label, value, CHOICES[field.name])
+    elif not re.fullmatch(r"first|off|every(:[1-9]\d*)?", str(value)):
+        raise ValueError(f"{label} must be 'first', 'every', 'every:<n>' or 'off', got {value!r}.")
+    return value
+
+
 def _choices_in_environment(cls: type) -> dict[str, object]:
-    """The fields that `HF_TPSP_<FIELD>` variables set. Raises `ValueError` for the mesh's sizes and for unknown
-    names."""
+    """The fields that `HF_TPSP_<FIELD>` variables set. Raises `ValueError` for the mesh's sizes, for unknown names, and
+    for values that the field cannot have."""
     choices = {f"HF_TPSP_{f.name.upper()}": f for f in fields(cls) if f.type != "int"}
     found: dict[str, object] = {}
     for variable in (name for name in os.environ if name.startswith("HF_TPSP_")):
         if variable not in choices:
-            raise ValueError(f"The environment sets {variable}; hf_tpsp reads {', '.join(choices)}.")
-        field, text = choices[variable], os.environ[variable]
-        if field.type == "bool" and text.lower() not in ("true", "false", "1", "0"):
-            raise ValueError(f"{variable} must be true or false, got {text!r}.")
-        found[field.name] = environment_flag(variable) if field.type == "bool" else text
+            near = nearest(variable, choices)
+            raise ValueError(f"The environment sets {variable}; hf_tpsp reads {', '.join(choices)}.{near}")
+        field = choices[variable]
+        found[field.name] = _value(field, os.environ[variable], variable)
     return found
+
+
+def launched_ranks() -> int:
+    """How many ranks were started, by the launcher's environment. Raises `ValueError` for a variable of its that is no
+    number, before torch waits for ranks that cannot come."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        environment_number(name, 0)
+    return environment_number("WORLD_SIZE", 1, least=1)
 
 
 def check_launch_environment() -> None:
@@ -231,7 +257,7 @@ def check_launch_environment() -> None:
     if environment_flag("FSDP_OFFLOAD_PARAMS"):
         problems.append("`fsdp_offload_params: true` is not supported; set it to false")
     for dim, meaning in (("CP", "context parallelism"), ("SP", "DeepSpeed-Ulysses sequence parallelism")):
-        if int(env.get(f"PARALLELISM_CONFIG_{dim}_SIZE", "1")) > 1:
+        if environment_number(f"PARALLELISM_CONFIG_{dim}_SIZE", 1) > 1:
             problems.append(
                 f"`parallelism_config_{dim.lower()}_size` ({meaning}) does not combine with hf_tpsp; set it to 1"
             )

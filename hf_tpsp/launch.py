@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .config import TPSPConfig
+from .config import TPSPConfig, divisors
+from .inputs import whole_number
 
 FOLDER = Path(__file__).parent / "presets"
 
@@ -37,15 +38,19 @@ def accelerate_config(config: TPSPConfig, hosts: int = 1, cpu: bool = False) -> 
         cpu: run the ranks on the CPU (gloo).
 
     Raises:
-        ValueError: the ranks cannot be divided evenly over the hosts, or a TP group would span two hosts.
+        ValueError: `hosts` is no number of hosts, the ranks cannot be divided evenly over them, or a TP group would
+            span two of them.
     """
-    per_host, rest = divmod(config.world_size, hosts)
+    per_host, rest = divmod(config.world_size, whole_number("hosts", hosts))
     if rest:
-        raise ValueError(f"{config.world_size} ranks do not spread evenly over {hosts} hosts.")
+        sizes = [n for n in divisors(config.world_size) if config.world_size // n % config.tp_size == 0]
+        raise ValueError(
+            f"{config.world_size} ranks do not spread evenly over {hosts} hosts; there can be one of {sizes}."
+        )
     if per_host % config.tp_size:
         raise ValueError(
             f"tp_size={config.tp_size} does not divide the {per_host} ranks of a host, so a TP group would span hosts, "
-            "and its traffic with it. Use a tp_size that divides them."
+            f"and its traffic with it. tp_size can be one of {divisors(per_host)}."
         )
     return {
         "compute_environment": "LOCAL_MACHINE",

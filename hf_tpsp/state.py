@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .agreement import agree
-from .config import TPSPConfig, environment_flag
+from .config import TPSPConfig, launched_ranks
+from .inputs import environment_flag
 from .patching import swapped
 from .upstream.torch import c10d
 from .upstream.versions import REACHED_INTO, version_of
@@ -78,7 +78,7 @@ def join(config: TPSPConfig) -> None:
         ValueError: on all ranks: they run other configs or versions, or the mesh does not have as many ranks as were
             started.
     """
-    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    started = dist.get_world_size() if dist.is_initialized() else launched_ranks()
     if started == 1:
         config.check_world(started)
     PartialState(cpu=environment_flag("ACCELERATE_USE_CPU"))

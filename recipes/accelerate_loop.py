@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of all ranks together, for one backward")
     parser.add_argument("--resume", action="store_true", help="go on from the state that was saved half-way")
     args = parser.parse_args()
+    if min(args.steps, args.batch) < 1:
+        parser.error(f"--steps {args.steps} and --batch {args.batch} must both be at least 1")
 
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
@@ -49,6 +51,8 @@ def main() -> None:
     # What is dealt to the ranks: ranks of one TP group get the same rows.
     mesh = accelerator.parallelism_config
     dp_size = mesh.data_parallel_size if mesh else accelerator.num_processes
+    if args.batch % dp_size:
+        parser.error(f"--batch {args.batch} must be a multiple of the {dp_size} data-parallel ranks")
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     order = torch.Generator().manual_seed(0)
     loader = DataLoader(

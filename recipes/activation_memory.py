@@ -10,8 +10,6 @@ elements per token (`tools.estimate.floors.saved_activation_bytes` has the deriv
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
+from hf_tpsp.cli.arguments import Parser, one_of, whole
 from hf_tpsp.tools.estimate.floors import saved_activation_bytes
 from hf_tpsp.tools.estimate.moments import saved_by_a_layer
 from hf_tpsp.tools.estimate.simulate import simulated_world
@@ -63,10 +62,10 @@ def measure(config: PreTrainedConfig, choices: TPSPConfig, tokens: int, dtype: t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tp", type=int, default=8, help="ranks of the simulated TP group")
-    parser.add_argument("--tokens", type=int, default=8192, help="sequence length of one row")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tp", type=whole(), default=8, help="ranks of the simulated TP group")
+    parser.add_argument("--tokens", type=whole(), default=8192, help="sequence length of one row")
+    parser.add_argument("--dtype", default="bf16", **one_of(DTYPES))
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
     table = Table(

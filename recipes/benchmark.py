@@ -45,6 +45,7 @@ from transformers.utils import logging
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
+from hf_tpsp.cli.arguments import Parser, whole
 from hf_tpsp.forward import batch_check
 from hf_tpsp.tools.estimate.floors import collective_floor, saved_activation_bytes, wire_bytes
 from hf_tpsp.tools.estimate.moments import measure_step, step
@@ -197,22 +198,16 @@ def machine() -> dict:
     }
 
 
-class Parser(argparse.ArgumentParser):
+class OneRankParser(Parser):
     def error(self, message: str):
         """One line, from one rank: the launcher ends all ranks with the first, so the others wait for it."""
         time.sleep(0 if os.environ.get("RANK", "0") == "0" else 10)
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+        super().error(message)
 
 
 def parse() -> tuple[argparse.Namespace, Qwen2Config | None]:
-    parser = Parser(description=f"Run it as: {COMMAND}")
-    number = {"type": positive, "metavar": "N"}
+    parser = OneRankParser(description=f"Run it as: {COMMAND}")
+    number = {"type": whole(), "metavar": "N"}
     parser.add_argument("--hidden", default=512, **number, help="hidden size; the MLP's is 4 times that (default: 512)")
     parser.add_argument("--layers", default=4, **number, help="decoder layers, at least 2 (default: 4)")
     parser.add_argument("--heads", default=4, **number, help="attention heads (default: 4)")

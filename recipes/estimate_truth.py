@@ -16,14 +16,12 @@ Writes a table to `--out` if given, and exits 1 if a peak is off by more than 5 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import itertools
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
+from hf_tpsp.cli.arguments import Parser, output_file
 from hf_tpsp.sharding import keep_fp32_masters
 from hf_tpsp.tools.estimate.simulate import OPTIMIZERS, Job, simulate, simulated_world
 from hf_tpsp.tools.estimate.step import Step, record_step
@@ -143,8 +142,8 @@ def cases(world: int, models: list[str], tp_sizes: list[int]) -> list[tuple]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="file to append the table to, in markdown")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=output_file, help="file to append the table to, in markdown")
     parser.add_argument("--models", nargs="+", choices=ATTENTION, default=list(ATTENTION))
     parser.add_argument("--tp", nargs="+", type=int, choices=(1, 2), default=[1, 2], help="sizes to try")
     args = parser.parse_args()

@@ -13,7 +13,6 @@ load the saved weights under `hf_tpsp.enable()`. Exit status 1 if the loss or an
 The samples are random ids: `python recipes/parity.py --make-data recipes/data/parity.jsonl` wrote them.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -36,6 +35,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import hf_tpsp
+from hf_tpsp.cli.arguments import Parser, output_file, whole
 from hf_tpsp.tools.verify.comparison import Errors, relative, relative_number
 
 COMMAND = "accelerate launch --config_file hf_tpsp/presets/cpu_2x2.yaml recipes/parity.py"
@@ -124,9 +124,9 @@ def compare_gradients(model: torch.nn.Module, folder: str) -> Errors:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=f"Run it as: {COMMAND}")
-    parser.add_argument("--layers", type=int, default=24, help="decoder layers (default: all 24)")
-    parser.add_argument("--make-data", type=Path, metavar="PATH", help="write the samples to PATH and stop")
+    parser = Parser(description=f"Run it as: {COMMAND}")
+    parser.add_argument("--layers", type=whole(), default=24, help="decoder layers (default: all 24)")
+    parser.add_argument("--make-data", type=output_file, metavar="PATH", help="write the samples to PATH and stop")
     args = parser.parse_args()
     if args.make_data:
         return make_data(args.make_data)

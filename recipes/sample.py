@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.utils import logging
@@ -27,6 +28,8 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(f'usage: {sys.argv[0]} FOLDER "question"')
     folder, question = sys.argv[1:]
+    if not Path(folder).is_dir():
+        sys.exit(f"there is no folder {folder!r}: give the one that a recipe has saved its model in")
     logging.disable_progress_bar()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template(

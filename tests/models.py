@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenizers
 import torch
 import transformers
 
@@ -70,3 +71,12 @@ def batch(
         out["position_ids"] = torch.cat([torch.arange(first), torch.arange(length - first)]).repeat(rows, 1)
         labels[:, first] = -100
     return out
+
+
+def tokenizer(size: int, pad_token: str = "[PAD]", **options) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of `size` words, whose last is `[PAD]`."""
+    words = {f"w{i}": i for i in range(size - 1)} | {"[PAD]": size - 1}
+    whole_words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=whole_words, pad_token=pad_token, unk_token="w0", **options
+    )

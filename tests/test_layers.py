@@ -13,7 +13,7 @@ ORDER = [
     "upstream", "launch", "rules", "state", "config", "structure", "sizes", "collectives", "vocabulary", "fingerprint",
     "checkpoint", "agreement", "departure",
     # What is known of torch alone and of versions, which know nothing of hf_tpsp: whoever needs it may use it.
-    "upstream.torch", "upstream.versions", "patching",
+    "upstream.torch", "upstream.versions", "patching", "inputs",
 ]  # fmt: skip
 
 

@@ -6,13 +6,12 @@ Each command has a file: `add` declares its arguments, `run` executes it. A comm
 
 from __future__ import annotations
 
-import argparse
-
 from . import config, env, estimate, export, plan, verify
+from .arguments import Parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="hf-tpsp", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="hf-tpsp", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (config, plan, verify, estimate, export, env):
         command.add(commands)
@@ -20,4 +19,4 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"hf-tpsp: {error}\n")
+        args.parser.error(str(error))

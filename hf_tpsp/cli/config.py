@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import yaml
 
 from ..launch import accelerate_config
-from .mesh import add_mesh_arguments, mesh_config
+from .arguments import add_mesh_arguments, mesh_config, one_of, output_file, whole
 
 
 def add(commands) -> None:
@@ -18,12 +17,12 @@ def add(commands) -> None:
         description="Prints an accelerate config: hf-tpsp config --dp 2 --tp 4 > mesh.yaml",
     )
     add_mesh_arguments(config)
-    config.add_argument("--hosts", type=int, default=1, help="number of machines (default 1)")
+    config.add_argument("--hosts", type=whole(), default=1, metavar="N", help="number of machines (default 1)")
     config.add_argument("--cpu", action="store_true", help="run the ranks on the CPU")
-    config.add_argument("--mixed-precision", choices=("bf16", "no"), help="default bf16, on the CPU no")
-    config.add_argument("--activation-checkpointing", choices=("none", "full"), default="none")
-    config.add_argument("-o", "--output", type=Path, help="file to write (default: print)")
-    config.set_defaults(run=run)
+    config.add_argument("--mixed-precision", **one_of(("bf16", "no")), help="default bf16, on the CPU no")
+    config.add_argument("--activation-checkpointing", default="none", **one_of(("none", "full")))
+    config.add_argument("-o", "--output", type=output_file, metavar="FILE", help="file to write (default: print)")
+    config.set_defaults(run=run, parser=config)
 
 
 def run(args: argparse.Namespace) -> None:

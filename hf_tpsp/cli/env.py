@@ -25,7 +25,7 @@ def add(commands) -> None:
         description="Prints the versions of the libraries beside those that the suite was run on, the devices, and the environment "
         "variables that hf_tpsp and accelerate read.",
     )
-    env.set_defaults(run=run)
+    env.set_defaults(run=run, parser=env)
 
 
 def run(args: argparse.Namespace) -> None:

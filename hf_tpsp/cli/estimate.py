@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import yaml
 
 from ..config import ACTIVATION_CHECKPOINTING, LOSSES
 from ..launch import accelerate_config
+from .arguments import one_of, output_file, whole
 
 
 def add(commands) -> None:
@@ -20,26 +20,30 @@ def add(commands) -> None:
         description="Simulates one rank's step on every legal mesh, or on the one given, and ranks the meshes.",
     )
     add = estimate.add_argument
-    add("model", metavar="MODEL", help="checkpoint folder, config.json, or a shipped model such as Llama-3-70B")
-    add("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
-    add("--seq", type=int, required=True, metavar="N", help="tokens of a row")
-    add("--batch", type=int, default=1, metavar="N", help="rows of a micro-batch of one TP group (default 1)")
+    add(
+        "model",
+        metavar="MODEL",
+        help="checkpoint folder, config.json, model type, hub name, or a shipped model such as Llama-3-70B",
+    )
+    add("--gpus", type=whole(), required=True, metavar="N", help="GPUs in all")
+    add("--seq", type=whole(), required=True, metavar="N", help="tokens of a row")
+    add("--batch", type=whole(), default=1, metavar="N", help="rows of a micro-batch of one TP group (default 1)")
     for name, meaning in (("dp", "FSDP shard"), ("tp", "tensor-parallel"), ("dp-replicate", "HSDP replica")):
-        add(f"--{name}", type=int, metavar="N", help=f"{meaning} size (default: every one that is legal)")
+        add(f"--{name}", type=whole(), metavar="N", help=f"{meaning} size (default: every one that is legal)")
     add("--dtype", default="bf16", help="bf16 (fp32 masters), fp32 or pure_bf16 (default bf16)")
     add("--optim", default="adamw", help="adamw, sgd or sgd_momentum (default adamw)")
-    add("--lora", type=int, metavar="RANK", help="LoRA on every linear layer, of this rank")
+    add("--lora", type=whole(), metavar="RANK", help="LoRA on every linear layer, of this rank")
     add("--attention", default="fused", help="fused, or eager to keep the scores (default fused)")
-    add("--loss", choices=LOSSES)
-    add("--activation-checkpointing", choices=ACTIVATION_CHECKPOINTING)
+    add("--loss", **one_of(LOSSES))
+    add("--activation-checkpointing", **one_of(ACTIVATION_CHECKPOINTING))
     add("--no-sequence-parallel", dest="sequence_parallel", action="store_false", default=None)
     add("--no-answers", dest="answers", action="store_false", help="the table only: no search for the longest sequence")
     add("--json", action="store_true", help="print everything as JSON")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the memory of each mesh (needs matplotlib)")
-    add("--write-config", type=Path, metavar="FILE.yaml", help="write the accelerate config of the best mesh")
+    add("--plot", type=output_file, metavar="FILE.png", help="draw the memory of each mesh (needs matplotlib)")
+    add("--write-config", type=output_file, metavar="FILE.yaml", help="write the accelerate config of the best mesh")
     hardware = estimate.add_argument_group("hardware", "defaults: hosts of eight H100 SXM, 400 Gbit/s for each GPU")
     add = hardware.add_argument
-    add("--per-host", type=int, metavar="N", help="GPUs of a host (8)")
+    add("--per-host", type=whole(), metavar="N", help="GPUs of a host (8)")
     add("--gpu-memory", dest="memory", metavar="SIZE", help="with its unit, GiB or GB (80GiB)")
     add("--reserve", metavar="SIZE", help="memory that no tensor gets (4GiB)")
     add("--flops", type=float, metavar="F", help="FLOP/s of a GPU (989e12 in bf16)")
@@ -47,7 +51,7 @@ def add(commands) -> None:
     add("--link-inside", metavar="SIZE", help="sent in a second by a GPU inside its host (450GB)")
     add("--link-across", metavar="SIZE", help="sent in a second by a GPU to other hosts (50GB)")
     add("--latency", type=float, metavar="S", help="seconds before a collective's first byte (20e-6)")
-    estimate.set_defaults(run=run)
+    estimate.set_defaults(run=run, parser=estimate)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,13 +67,13 @@ def run(args: argparse.Namespace) -> None:
         if name in given
     }
     numbers = {name: given.pop(name) for name in ("per_host", "flops", "efficiency", "latency") if name in given}
-    for name in ("run", "json", "plot", "write_config"):
+    for name in ("run", "parser", "json", "plot", "write_config"):
         given.pop(name, None)
     if args.plot:
         from ..tools.estimate.report import check_plot
 
-        # A missing matplotlib is reported before the minutes of simulation, not after them.
-        check_plot()
+        # What cannot be drawn is reported before the minutes of simulation, not after them.
+        check_plot(args.plot)
     with Console(stderr=True).status("building the model") as status:
         found = estimate(**given, hardware=Hardware(**sizes, **numbers), progress=status.update)
     if args.write_config:

@@ -7,7 +7,7 @@ import difflib
 import sys
 from typing import TYPE_CHECKING
 
-from .mesh import add_mesh_arguments, mesh_config
+from .arguments import add_mesh_arguments, add_trust_argument, mesh_config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,9 +27,10 @@ def add(commands) -> None:
     plan.add_argument(
         "path",
         metavar="MODEL_TYPE|PATH",
-        help="a model type of transformers, checkpoint folder, config.json or hub name",
+        help="a model type of transformers, checkpoint folder, config.json, shipped model or hub name",
     )
     add_mesh_arguments(plan, tp=2)
+    add_trust_argument(plan)
     plan.add_argument("--no-sequence-parallel", action="store_true", help="the plan of plain tensor parallelism")
     plan.add_argument(
         "--why",
@@ -37,22 +38,19 @@ def add(commands) -> None:
         help="print the layouts that were tried of the block NAME (model.layers.0.self_attn, or with * for the layer), how far "
         "each was off or the error that it ran into, and which was taken",
     )
-    plan.set_defaults(run=run)
+    plan.set_defaults(run=run, parser=plan)
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
     from rich.console import Console
-    from transformers import AutoModelForCausalLM
 
     from ..plan.planner import NothingToSplit, plan_for
     from ..rules import wildcard
-    from ..tools.verify.verify import config_of
+    from ..tools.source import on_meta, read
 
     config = mesh_config(args, sequence_parallel=not args.no_sequence_parallel)
-    model_config = config_of(args.path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    source = read(args.path, args.trust_remote_code)
+    model = on_meta(source.config, source.cls)
     try:
         plan = plan_for(model, config)
     except NothingToSplit as error:
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         notes = [note for note in notes if note.startswith(f"{wildcard(args.why)} ")]
     else:
         console.print(table_of_rules(model, plan, config))
-    for note in notes:
+    for note in filter(None, [source.note, *notes]):
         console.print(f"- {note}")
 
 

@@ -6,10 +6,9 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .mesh import add_mesh_arguments, mesh_config
+from .arguments import add_mesh_arguments, add_trust_argument, mesh_config, one_of, output_file, whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,44 +21,63 @@ def add(commands) -> None:
         "verify",
         help="compare an architecture with one process: loss, every gradient, weights",
         description="Builds a small random copy of an architecture, trains it on ranks that it starts on this machine, and "
-        "compares loss, every gradient and the weights after two steps with one process. Exits with 1 if they differ. Runs the "
-        "code in a checkpoint folder that has its own.",
+        "compares loss, every gradient and the weights after two steps with one process. Exits with 1 if they differ.",
     )
-    verify.add_argument("model", nargs="?", metavar="MODEL_TYPE|PATH", help="a model type of transformers, or a folder")
+    verify.add_argument(
+        "model", nargs="?", metavar="MODEL_TYPE|PATH",
+        help="a model type of transformers, checkpoint folder, config.json, shipped model or hub name",
+    )  # fmt: skip
     add_mesh_arguments(verify, tp=2)
+    add_trust_argument(verify)
     verify.add_argument("--no-sequence-parallel", action="store_true", help="plain tensor parallelism")
-    verify.add_argument("--seq", type=int, default=17, metavar="N", help="tokens of a row (default 17)")
-    verify.add_argument("--vocab", type=int, default=131, metavar="N", help="vocabulary of the copy (default 131)")
-    verify.add_argument("--dtype", choices=("fp32", "fp64"), default="fp32", help="default fp32")
+    verify.add_argument("--seq", type=whole(2), default=17, metavar="N", help="tokens of a row (default 17)")
+    verify.add_argument("--vocab", type=whole(4), default=131, metavar="N", help="vocabulary of the copy (default 131)")
+    verify.add_argument("--dtype", **one_of(("fp32", "fp64")), default="fp32", help="default fp32")
     verify.add_argument(
         "--by-module", action="store_true",
         help="compare the output and the gradient of every module too, and say from which on they are off",
     )  # fmt: skip
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
     verify.add_argument(
-        "--all", action="store_true", help="every causal-LM model type of transformers; writes SUPPORT.md"
+        "--all", action="store_true", help="every causal-LM model type of transformers: prints the table of SUPPORT.md"
     )
     verify.add_argument("--only", nargs="+", metavar="TYPE", help="with --all: these model types")
     verify.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="with --all: sets of ranks side by side (default 1)"
+        "--jobs", type=whole(), default=1, metavar="N", help="with --all: sets of ranks side by side (default 1)"
     )
     verify.add_argument(
-        "--results", type=Path, default=Path("verify.json"), help="with --all: what was found, and is not run again"
-    )
+        "--results", type=output_file, metavar="FILE",
+        help="with --all: a file to keep what was found in, so that it is not run again",
+    )  # fmt: skip
     verify.add_argument(
-        "-o", "--output", type=Path, default=Path("SUPPORT.md"), help="with --all: the table (default SUPPORT.md)"
+        "-o", "--output", type=output_file, metavar="FILE", help="with --all: file to write the table to"
     )
-    verify.set_defaults(run=run)
+    verify.set_defaults(run=run, parser=verify)
+
+
+OF_ALL = ("only", "jobs", "results", "output")
+OF_ONE = (
+    "dp",
+    "dp_replicate",
+    "trust_remote_code",
+    "no_sequence_parallel",
+    "seq",
+    "vocab",
+    "dtype",
+    "by_module",
+    "json",
+)
 
 
 def run(args: argparse.Namespace) -> None:
     from ..tools.verify.verify import verify
 
-    if args.all == bool(args.model):
+    if args.all == (args.model is not None):
         raise ValueError("verify takes a model type or a folder, or --all.")
+    for name in OF_ONE if args.all else OF_ALL:
+        if getattr(args, name) != args.parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} goes {'without' if args.all else 'with'} --all.")
     if args.all:
-        if args.by_module:
-            raise ValueError("--by-module looks into one model; --all compares many.")
         return run_all(args)
     result = verify(
         args.model,
@@ -68,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         vocabulary=args.vocab,
         dtype=f"float{args.dtype.removeprefix('fp')}",
         by_module=args.by_module,
+        trust_remote_code=args.trust_remote_code,
     )
     if args.json:
         forward, backward = result.off_from
@@ -154,23 +173,35 @@ def figure(error: float | None, limit: float) -> str:
 
 
 def run_all(args: argparse.Namespace) -> None:
+    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from ..inputs import nearest
     from ..tools.verify import support
 
-    names = args.only or support.model_types()
-    if unknown := sorted(set(names) - set(support.model_types())):
-        raise ValueError(f"transformers has no causal LM of type {', '.join(unknown)}.")
+    known = support.model_types()
+    names = args.only or known
+    if unknown := [name for name in names if name not in known]:
+        near = nearest(unknown[0], known)
+        raise ValueError(f"transformers has no causal LM of type {', '.join(unknown)}.{near}")
+    if args.results and args.results.exists():
+        # A file that holds something else is refused before anything is run.
+        support.load(args.results)
     verdicts = []
-    with Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+    columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
+    # The table may be piped into a file.
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("verify", total=len(names))
         for verdict in support.check_all(names, args.tp, args.jobs, args.results):
             verdicts.append(verdict)
             progress.update(task, advance=1, description=verdict.model_type)
             if not verdict.is_equal:
                 progress.console.print(f"{verdict.model_type}: {verdict.error or 'DIFFERS'}", highlight=False)
-    args.output.write_text(support.markdown(verdicts, args.tp))
+    table = support.markdown(verdicts, args.tp)
+    if args.output:
+        args.output.write_text(table)
+        table = f"{sum(v.is_equal for v in verdicts)} of {len(verdicts)} equal to one process; the table is in {args.output}\n"
+    print(table, end="")
     wrong = [v.model_type for v in verdicts if not v.error and not v.is_equal]
-    print(f"{sum(v.is_equal for v in verdicts)} of {len(verdicts)} equal to one process; the table is in {args.output}")
     if wrong:
         sys.exit(f"hf-tpsp: not equal, and not refused: {', '.join(wrong)}")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..config import TPSPConfig
+from ..config import TPSPConfig, launched_ranks
 from ..forward import finite
 from ..forward.options import check_dtypes
+from ..inputs import instance
 from ..patching import swap
 from ..sharding import set_mixed_precision
 from ..state import is_parallelized, join, parallelized_model, record_of, set_timeout
 from . import checkpoints, prepare, registry, resume, session
-from .trainer import check_accelerator, check_parameters
+from .trainer import check_accelerator, check_parameters, check_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -33,21 +33,22 @@ class TPSPCallback(TrainerCallback):
     """
 
     def __init__(self, config: TPSPConfig | None = None):
-        self.config = config or TPSPConfig.from_accelerate()
-        if self.config.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+        self.config = TPSPConfig.from_accelerate() if config is None else config
+        instance("config", self.config, TPSPConfig, "Write TPSPCallback(TPSPConfig(tp_size=…)).")
+        if self.config.world_size != launched_ranks():
             join(self.config)
         if self.config.world_size > 1:
             install(self.config)
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        self.set_up(args, state, model)
+    def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        self.set_up(args, state, model, processing_class)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if model is not None and (guard := finite.guard_of(model)) is not None:
             # A training that was resumed does not begin with step 1.
             guard.step = state.global_step + 1
 
-    def set_up(self, args, state, model) -> None:
+    def set_up(self, args, state, model, processing_class) -> None:
         """Shard and check a model of the Trainer's: the first one, or one that `model_init` has made since."""
         if self.config.world_size == 1 or model is None:
             return
@@ -62,6 +63,7 @@ class TPSPCallback(TrainerCallback):
             # The config's own check raises, and says why the two do not go together.
             replace(done.config, activation_checkpointing="full")
         check_parameters(model)
+        check_tokenizer(inner, processing_class)
         # The dtype is that of TrainingArguments(bf16=True), or else the preset's.
         set_mixed_precision(model)
         check_dtypes(inner)
@@ -96,7 +98,7 @@ def _set_up_again(original: Callable) -> Callable:
         handler = vars(self).get("callback_handler")
         for callback in handler.callbacks if handler is not None else ():
             if isinstance(callback, TPSPCallback):
-                callback.set_up(self.args, self.state, model)
+                callback.set_up(self.args, self.state, model, self.processing_class)
         return model
 
     return call_model_init

@@ -59,11 +59,13 @@ def is_causal_lm(cls: type) -> bool:
     return named or cls.__name__.endswith("ForCausalLM")
 
 
-def check_not_quantized(config: PreTrainedConfig | None) -> None:
-    """Raise `ValueError` if a checkpoint's config says that it is quantized."""
-    if getattr(config, "quantization_config", None) is not None:
+def check_not_quantized(config: PreTrainedConfig | None, name: str = "This checkpoint") -> None:
+    """Raise `ValueError` if the config of the checkpoint `name` says that it is quantized."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise ValueError(
-            "This checkpoint is quantized. hf_tpsp cannot shard quantized weights, so QLoRA is not supported; use LoRA on the "
+            f"{name} is quantized ({getattr(method, 'value', method)}). hf_tpsp cannot shard quantized weights, so QLoRA is not supported; use LoRA on the "
             "checkpoint in bf16, whose weights are split over all ranks."
         )
 

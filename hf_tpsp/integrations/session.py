@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..departure import LAST_WORDS
+from ..inputs import environment_number
 from ..launch import environment
 from ..patching import set_environment
 from ..upstream import accelerate, install, versions
@@ -58,7 +58,7 @@ class Enabled:
 def start(config: TPSPConfig) -> Enabled:
     """Tell accelerate about the mesh, and install the workarounds for the libraries (`upstream/`)."""
     global _current
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = environment_number("RANK", 0) == 0
     if is_main and (sentence := versions.untested()):
         logger.warning_once(sentence)
     handle = Enabled(config)

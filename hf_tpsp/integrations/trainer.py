@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import logging
 
 from ..config import TPSPConfig
 from ..forward import batch_check
@@ -19,6 +22,8 @@ from ..loss.logits import LazyLogits
 from ..patching import swap
 from . import alike
 from .contract import Integration
+
+logger = logging.get_logger(__name__)
 
 # Optimizers that update each element by itself, so that it does not matter how a parameter is sharded. Others look at
 # whole rows, blocks or singular values.
@@ -35,6 +40,10 @@ REFUSED = {
     "eval_use_gather_object": "gathers every sample once per TP rank; leave it out",
     "use_kernels": "puts kernels that know nothing of the shards in place of the model's layers; leave it out",
 }
+
+
+# What a tokenizer puts into texts by itself.
+SPECIAL_TOKENS = ("pad_token", "eos_token", "bos_token", "unk_token")
 
 
 def refuses(args: TrainingArguments) -> list[str]:
@@ -80,6 +89,28 @@ def check_parameters(model: nn.Module) -> None:
             f"These parameters were added to a model that is already sharded, and would train unsharded and unreduced: "
             f"{named}. Of adapters, peft's LoRA is supported, added before the Trainer is made."
         )
+
+
+def check_tokenizer(model: PreTrainedModel, processing_class: Any) -> None:
+    """Raise `ValueError` if a token that the tokenizer puts into its texts has no row in the embedding: one of its
+    special tokens, or of its chat template. Any other that has none is named in a warning: published models have such
+    tokens, which no text of theirs holds."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    rows = batch_check.vocabularies(model)["input_ids"]
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or rows is None or len(tokenizer) <= rows:
+        return
+    outside = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    uses = {getattr(tokenizer, name, None): name for name in SPECIAL_TOKENS}
+    uses |= {token: "chat template's" for token in tokenizer.get_added_vocab() if token in str(tokenizer.chat_template)}
+    used = [f"its {uses[token]} {token!r} is {index}" for token, index in outside.items() if token in uses]
+    sizes = f"The tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows"
+    if used:
+        raise ValueError(
+            f"{sizes}: {used[0]}. Call model.resize_token_embeddings({len(tokenizer)}) in one process, save that model, "
+            "and train it; or use tokens that the model has."
+        )
+    if outside and PartialState().is_main_process:
+        logger.warning_once(f"hf_tpsp: {sizes}. A text with one of {', '.join(list(outside)[:3])} would end the run.")
 
 
 def check_accelerator(config: TPSPConfig) -> None:

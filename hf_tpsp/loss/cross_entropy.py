@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from ..collectives import SEQUENCE, shard_width
+from ..inputs import choice, instance
 from ..upstream.torch.autograd import without_inference_mode
 from ..upstream.torch.dtensor import loss_parallel
 from ..vocabulary import require_inside
@@ -138,11 +139,17 @@ def vocab_parallel_cross_entropy(
         upstream gradient, and backward needs no context.
 
     Raises:
-        ValueError: a DTensor that is not vocabulary-sharded, labels of another shape, an unknown reduction.
+        ValueError: a DTensor that is not vocabulary-sharded, labels of another shape or dtype, an unknown reduction, a
+            smoothing that is not between 0 and 1.
+        TypeError: logits or labels that are no tensors.
     """
+    instance("logits", logits, Tensor, "Give it what the model returned, or a tensor [..., vocab].")
+    instance("labels", labels, Tensor, "Give it a tensor of token ids, one for each row of the logits.")
+    instance("ignore_index", ignore_index, int, "transformers uses -100.")
     _check(logits, labels, ignore_index)
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}.")
+    choice("reduction", reduction, ("none", "sum", "mean"))
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing!r}.")
     flat = labels.reshape(-1).to(logits.device)
     if not isinstance(logits, (LazyLogits, DTensor)):
         whole = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
@@ -222,6 +229,8 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} do not match logits {tuple(logits.shape)}.")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be token ids, of an integer dtype, got {labels.dtype}.")
     require_inside("labels", labels, logits.shape[-1], ignore_index)
 
 

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import TPSPConfig
+from ..inputs import instance
 from ..rules import Plan, check_complete, check_used, wildcard
 from ..structure import has_parameters, is_norm, is_plain_embedding, layer_lists, own_parameters
 from .branches import uncovered
@@ -350,6 +351,9 @@ def plan_for(model: PreTrainedModel, config: TPSPConfig) -> Plan:
     Raises:
         ValueError: the sizes do not divide the model; it has no list of layers; no small copy can be built of it; it
             has a module that the copy lacks (the message names it); or nothing in it can be split (`NothingToSplit`).
+        TypeError: `model` is no model of transformers, or `config` no `TPSPConfig`.
     """
+    instance("model", model, PreTrainedModel, "Give it a causal LM of transformers; on meta is enough.")
+    instance("config", config, TPSPConfig, "Write plan_for(model, TPSPConfig(tp_size=…)).")
     config.check_model(model.config)
     return _Planner(model, config).make()

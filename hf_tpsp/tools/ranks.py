@@ -13,6 +13,7 @@ orders, as they would in a real launch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -21,12 +22,43 @@ import multiprocessing.connection
 import multiprocessing.reduction
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
+import types
 from collections.abc import Iterable, Iterator
 
 from torch.distributed import TCPStore
+
+LOOPBACK = "127.0.0.1"
+"""The ranks meet here. Nothing of a pool can be reached from another machine."""
+
+
+def _store() -> TCPStore:
+    """A store that listens on a free port of the loopback alone. One that opens its own socket listens everywhere."""
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        port = listener.getsockname()[1]
+        # The store closes the descriptor that it is given.
+        return TCPStore(
+            LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
+        )
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that are spawned meanwhile do not run the caller's script. By itself, spawn runs it again in each, and a
+    script without `if __name__ == "__main__":` would start ranks there too."""
+    with _SPAWNING:
+        main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+_SPAWNING = threading.Lock()
 
 
 def _template(preload: tuple[str, ...], pipe) -> None:
@@ -62,7 +94,7 @@ def _template(preload: tuple[str, ...], pipe) -> None:
 def _rank(rank: int, world_size: int, port: int, pipe) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",
+        MASTER_ADDR=LOOPBACK, MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",
         # The pool has the store, and the ranks connect to it.
         TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
         HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
@@ -114,7 +146,8 @@ class RankPool:
         for _ in range(2):
             ours, theirs = context.Pipe()
             process = context.Process(target=_template, args=(self._preload, theirs), daemon=True)
-            process.start()
+            with _without_main():
+                process.start()
             theirs.close()
             self._templates.append((process, ours))
 
@@ -122,7 +155,7 @@ class RankPool:
         if not self._templates:
             self._start_templates()
         # The store listens from here on. A port that was only found to be free might be taken before a rank uses it.
-        store = self._stores[world_size] = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        store = self._stores[world_size] = _store()
         ranks = []
         for rank in range(world_size):
             ours, theirs = mp.Pipe()
@@ -135,7 +168,12 @@ class RankPool:
         return ranks
 
     def run(self, world_size: int, function, *args, timeout: float = 240, **kwargs) -> list:
-        """What `function(*args, **kwargs)` returned on each rank, in rank order. Raises RuntimeError if one failed."""
+        """What `function(*args, **kwargs)` returned on each rank, in rank order.
+
+        Raises:
+            RuntimeError: one of them failed.
+            ValueError: the function is the script's own: the ranks import modules, and run no script.
+        """
         results: dict[int, object] = {}
         for rank, status, value in self._ends(world_size, function, args, kwargs, timeout):
             if status != "ok":
@@ -161,6 +199,8 @@ class RankPool:
         self, world_size: int, function, args: tuple, kwargs: dict, timeout: float
     ) -> Iterator[tuple[int, str, object]]:
         """Rank, status and value of each rank, in the order in which they end."""
+        if getattr(function, "__module__", None) == "__main__":
+            raise ValueError(f"{function.__qualname__} is defined in the script that is run; move it into a module.")
         if world_size not in self._worlds:
             self._worlds[world_size] = self._start(world_size)
         waiting = dict(enumerate(pipe for *_, pipe in self._worlds[world_size]))

@@ -16,9 +16,10 @@ from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..config import environment_flag
+from ..inputs import environment_flag
 from ..patching import set_environment
 from ..state import is_parallelized
+from .torch.unpickling import reads_restricted
 
 
 def use_cpu_if_alone() -> Callable[[], None]:
@@ -184,4 +185,6 @@ PATCHES = (
     (Accelerator, "dispatch_batches", _patch_dispatch_batches),
     (AcceleratedScheduler, "step", _patch_scheduler),
     (Accelerator, "gather_for_metrics", _patch_gather_for_metrics),
+    (accelerate.accelerator, "load_fsdp_model", reads_restricted),
+    (accelerate.accelerator, "load_fsdp_optimizer", reads_restricted),
 )

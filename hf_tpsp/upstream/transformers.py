@@ -21,8 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
 from ..checkpoint import folders
-from ..config import environment_flag
+from ..inputs import environment_flag
 from ..state import is_parallelized, record_of, saved_state_dict
+from .torch.unpickling import reads_restricted
 
 logger = logging.get_logger(__name__)
 
@@ -317,6 +318,8 @@ PATCHES = (
     (transformers.Trainer, "_track_num_input_tokens", _patch_track_tokens),
     (transformers.Trainer, "store_flos", _patch_store_flos),
     (transformers.Trainer, "_get_num_items_in_batch", _patch_num_items),
+    (transformers.trainer, "load_fsdp_model", reads_restricted),
+    (transformers.trainer, "load_fsdp_optimizer", reads_restricted),
 )
 
 LOADING_PATCHES = ((PreTrainedModel, "_initialize_missing_keys", _patch_initialize),)

@@ -92,6 +92,10 @@ def refusals(model: str, out: str) -> dict[str, str]:
     for cls in (trl.GRPOConfig, trl.RewardConfig):
         note(cls.__name__, functools.partial(check_arguments, cls(out, use_cpu=True, bf16=False)))
 
+    arguments = TrainingArguments(out, use_cpu=True, report_to=[])
+    larger = {"model": AutoModelForCausalLM.from_config(config), "processing_class": models.tokenizer(134)}
+    note("tokenizer", functools.partial(Trainer, args=arguments, **larger))
+
     with hf_tpsp.enable(TPSPConfig(tp_size=2)):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         loaded.model.layers[0].adapter = torch.nn.Linear(4, 4)
@@ -115,6 +119,7 @@ def test_refusals(ranks, tiny, tmp_path):
     for name in ("GRPOConfig", "RewardConfig"):
         assert f"{name}: of TRL's trainers, those of SFTConfig, DPOConfig are supported" in texts[name]
     assert "model.layers.0.adapter.weight, model.layers.0.adapter.bias" in texts["adapter"]
+    assert "its pad_token '[PAD]' is 133. Call model.resize_token_embeddings(134)" in texts["tokenizer"]
     assert "(1, 2)" in texts["another mesh"] and "(2, 1)" in texts["another mesh"]
 
 

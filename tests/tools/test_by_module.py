@@ -215,7 +215,7 @@ def test_what_stands_inside_a_block_is_not_suspected():
 
 
 def test_a_copy_that_cannot_be_built_says_what_to_extend():
-    with pytest.raises(ValueError, match=r"COMPLETED in hf_tpsp/tools/verify/verify.py"):
+    with pytest.raises(ValueError, match=r"COMPLETED in hf_tpsp/tools/source.py"):
         build("llama", torch.float32, 131, {"hidden_act": "no such function"})
 
 

@@ -1,7 +1,11 @@
 """The pool of ranks: what one task leaves, and what ends a world."""
 
 import os
+import sys
 import time
+import types
+from multiprocessing import spawn
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf_tpsp import TPSPConfig
 from hf_tpsp.state import build_mesh
+from hf_tpsp.tools.ranks import RankPool
 
 
 def threads() -> int:
@@ -36,6 +41,44 @@ def test_threads_do_not_grow_with_the_tasks(ranks):
     """Process groups have threads, and no mesh closes its groups."""
     counts = [ranks.run(2, task) for _ in range(8)]
     assert all(count == counts[1] for count in counts[2:]), counts
+
+
+def listening() -> list[str]:
+    """The addresses on which this process listens, in hex."""
+    sockets = {os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    # Column 1 is the local address, 3 the state (0A listens), 9 the socket.
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+
+
+def test_ranks_meet_on_the_loopback_alone(ranks):
+    """The store here, and gloo on the ranks: nothing can be reached from another machine."""
+    for addresses in (*ranks.run(2, listening), listening()):
+        assert addresses and all(address.startswith("0100007F:") for address in addresses), addresses  # 127.0.0.1
+
+
+def test_a_script_is_not_run_again(monkeypatch):
+    """`verify()` needs no `if __name__ == "__main__":`, without which spawn would start ranks that start ranks."""
+    script = types.ModuleType("__main__")
+    script.__file__ = "/some/script.py"
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    assert spawn.get_preparation_data("a rank")["init_main_from_path"] == script.__file__
+    prepared = []
+    monkeypatch.setattr(
+        SpawnProcess, "start", lambda self: prepared.append(spawn.get_preparation_data(self.name)), raising=False
+    )
+    RankPool()._start_templates()
+    assert prepared and not any(key.startswith("init_main") for data in prepared for key in data)
+    assert sys.modules["__main__"] is script
+
+
+def test_a_function_of_the_script_is_refused():
+    def mine():
+        pass
+
+    mine.__module__ = "__main__"
+    with pytest.raises(ValueError, match="mine is defined in the script that is run; move it into a module"):
+        RankPool().run(1, mine)
 
 
 def state() -> tuple:

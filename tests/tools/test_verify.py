@@ -147,7 +147,7 @@ def folder_of(path, code: str) -> str:
 def test_a_modified_llama(ranks, tmp_path, last):
     """Code that nobody has seen, with and without something after its last projection that no sum survives."""
     folder = folder_of(tmp_path, MODIFIED.replace("LAST", last))
-    result = verify(folder, MESH_1x2, pool=ranks)
+    result = verify(folder, MESH_1x2, trust_remote_code=True, pool=ranks)
     assert result.is_equal, found(result)
     split = "cumsum" not in last
     attention, mlp = "model.layers.*.self_attn (MyAttention) is not split", "model.layers.*.mlp (MyMLP) is not split"

@@ -15,11 +15,13 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ...config import TPSPConfig
+from ...inputs import choice, flag, instance
 from ...launch import SHIPPED
 from ...plan.planner import plan_for
+from ..source import read
 from .depth import layer_kinds
 from .hardware import FLOP_RATES, GIB, Hardware, MeshEstimate, judge
-from .meshes import legal_meshes, model_config
+from .meshes import legal_meshes
 from .simulate import Job, build_on_meta, simulate, simulated_world
 
 # The number of simulations in search of the longest sequence, and of the largest batch.
@@ -91,8 +93,8 @@ def estimate(
     """Simulate a step of training `model` on each legal mesh of `gpus` GPUs, and rank the meshes. Needs no GPU.
 
     Args:
-        model: a checkpoint folder, a config.json, the name of a shipped model ("Llama-3-70B"; `hf_tpsp/tools/estimate/models`), or a
-            config.
+        model: a checkpoint folder, a config.json, the name of a shipped model ("Llama-3-70B"; `hf_tpsp/tools/estimate/models`), a
+            model type of transformers (with its default sizes), a hub name, or a config. No code of its own is run.
         gpus: ranks in all.
         seq, batch: tokens of a row, rows of a micro-batch of one TP group.
         dp, tp, dp_replicate: sizes that are fixed; FSDP shards over `dp` ranks. Without any, every legal mesh is tried.
@@ -104,13 +106,21 @@ def estimate(
         choices: further fields of `TPSPConfig` (`loss`, `activation_checkpointing`, `sequence_parallel`, …).
 
     Raises:
-        ValueError: an impossible mesh, an unknown model, a model that hf_tpsp does not support, or a process that is
-            part of a real world already.
+        ValueError: an impossible mesh, an unknown model, a model that hf_tpsp does not support, a value that an argument
+            cannot have, or a process that is part of a real world already.
+        TypeError: `hardware` is no `Hardware`, or a choice is no field of `TPSPConfig`.
     """
     job = Job(seq=seq, batch=batch, dtype=dtype, optim=optim, lora=lora, attention=attention)
-    hardware = hardware or Hardware()
-    name, config = model_config(model)
-    if choices.get("compile"):
+    hardware = Hardware() if hardware is None else hardware
+    instance("hardware", hardware, Hardware, "Write Hardware(memory=…), in bytes.")
+    choice("backend", backend, ("nccl", "gloo"))
+    if given := sorted(choices.keys() & {"tp_size", "dp_shard_size", "dp_replicate_size", "mixed_precision"}):
+        raise TypeError(
+            f"estimate takes the sizes as tp, dp and dp_replicate, and the dtype as dtype, not as {given[0]}."
+        )
+    source = read(model)
+    name, config = source.name, source.config
+    if flag("compile", choices.get("compile", False)):
         raise ValueError("compile=True cannot be simulated: what compiled code keeps is the compiler's choice.")
     choices["mixed_precision"] = "bf16" if dtype == "bf16" else "no"
     meshes = legal_meshes(config, gpus, hardware.per_host, dp, tp, dp_replicate, **choices)
@@ -156,7 +166,7 @@ def estimate(
     hosts = max(1, gpus // hardware.per_host)
     return Estimate(
         name, parameters, gpus, job, hardware, choices, tuple(found[m] for m in ranked), tuple(skipped), checkpointing,
-        longest, largest, _preset(best, hosts), _assumptions(job, hardware),
+        longest, largest, _preset(best, hosts), _assumptions(job, hardware, source.note),
     )  # fmt: skip
 
 
@@ -202,9 +212,10 @@ def _preset(mesh: TPSPConfig, hosts: int) -> str:
     return f"hf-tpsp config --dp {sizes[1]} --tp {sizes[2]}{replicas} --hosts {hosts}{precision} -o mesh.yaml"
 
 
-def _assumptions(job: Job, hardware: Hardware) -> tuple[str, ...]:
+def _assumptions(job: Job, hardware: Hardware, note: str) -> tuple[str, ...]:
     rate = hardware.flops or FLOP_RATES[job.dtype]
     return (
+        *([f"Model: {note}."] if note else []),
         f"Memory: all tensors of one rank's step, second step on, by the simulation; {hardware.reserve / GIB:.1f} GiB of "
         f"{hardware.memory / GIB:.1f} GiB are kept for CUDA's context, NCCL, workspaces and fragmentation.",
         f"Attention: {job.attention}" + (", no seq x seq tensor." if job.attention == "fused" else "."),

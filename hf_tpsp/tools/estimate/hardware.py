@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 import re
 from dataclasses import dataclass
 
 from ...config import TPSPConfig
+from ...inputs import names_its_fields, whole_number
 from .floors import Traffic
 from .simulate import Job
 from .step import CATEGORIES, Step
@@ -37,6 +40,7 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
+@names_its_fields
 @dataclass(frozen=True)
 class Hardware:
     """What the ranks run on. The defaults are a host of eight H100 SXM with one 400 Gbit/s link for each GPU.
@@ -63,9 +67,13 @@ class Hardware:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not (value > 0 or (value == 0 and field.name in ("reserve", "latency"))):
-                raise ValueError(f"{field.name} must be positive, got {value!r}.")
+            name, value = field.name, getattr(self, field.name)
+            if value is None and name == "flops":
+                continue
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or not (value > 0 or (value == 0 and name in ("reserve", "latency"))):
+                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        object.__setattr__(self, "per_host", whole_number("per_host", self.per_host))
         if self.efficiency > 1:
             raise ValueError(f"efficiency is a part of the FLOP rate, at most 1, got {self.efficiency!r}.")
         if self.reserve >= self.memory:

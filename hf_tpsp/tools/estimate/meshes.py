@@ -1,51 +1,11 @@
-"""The model that an estimate is made for, and the meshes that it can run on."""
+"""The meshes that a model can run on."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterator
-from pathlib import Path
-
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ...config import TPSPConfig, divisors
-
-MODELS = Path(__file__).parent / "models"
-
-
-def model_config(model: str | Path | PreTrainedConfig) -> tuple[str, PreTrainedConfig]:
-    """Name and config of a checkpoint folder, a config.json, one of the shipped models, or a config.
-
-    Raises:
-        ValueError: it is none of these, or transformers does not know its model type.
-    """
-    if isinstance(model, PreTrainedConfig):
-        return model.model_type, model
-    shipped = {path.stem.lower(): path for path in sorted(MODELS.glob("*.json"))}
-    path = Path(model)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        path = shipped.get(str(model).rpartition("/")[2].lower())
-    if path is None or not path.is_file():
-        names = [p.stem for p in shipped.values()]
-        close = difflib.get_close_matches(str(model), names, n=1)
-        raise ValueError(
-            f"{str(model)!r} is neither a folder with a config.json, nor such a file, nor one of the shipped models "
-            f"({', '.join(names)})." + (f" Did you mean {close[0]}?" if close else "")
-        )
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    kind = values.pop("model_type", None) if isinstance(values, dict) else None
-    if kind not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
-        raise ValueError(
-            f"{path}: transformers knows no model type {kind!r}." + (f" Did you mean {close[0]!r}?" if close else "")
-        )
-    return path.stem if path.parent == MODELS else str(model), AutoConfig.for_model(kind, **values)
+from ...inputs import MOST_RANKS, whole_number
 
 
 def legal_meshes(
@@ -56,14 +16,17 @@ def legal_meshes(
     tp: int | None,
     dp_replicate: int | None,
     **choices,
-) -> Iterator[TPSPConfig]:
+) -> list[TPSPConfig]:
     """The meshes on `gpus` ranks: TP inside a host, and HSDP replicas of whole hosts.
 
     Raises:
         ValueError: there is none.
     """
-    if gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {gpus}.")
+    gpus = whole_number("gpus", gpus, most=MOST_RANKS)
+    dp, tp, dp_replicate = (
+        size if size is None else whole_number(name, size)
+        for name, size in (("dp", dp), ("tp", tp), ("dp_replicate", dp_replicate))
+    )
     if gpus > per_host and gpus % per_host:
         raise ValueError(f"{gpus} GPUs do not fill hosts of {per_host}; --per-host can be one of {divisors(gpus)}.")
     per_host = min(per_host, gpus)

@@ -126,10 +126,15 @@ def _none(number: int, what: str) -> str:
     return f"{number:,} {what}" if number else "none fits"
 
 
-def check_plot() -> None:
-    """Raise `ValueError` if matplotlib is not there."""
+def check_plot(path: Path) -> None:
+    """Raise `ValueError` if matplotlib is not there, or draws no files of this kind."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'hf_tpsp[plot]'.")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot {path}: a file's name must end in one of {', '.join(sorted(kinds))}.")
 
 
 def plot(estimate: Estimate, path: Path) -> None:
@@ -137,8 +142,9 @@ def plot(estimate: Estimate, path: Path) -> None:
 
     Raises:
         ValueError: matplotlib is not installed, or it cannot write a file of this kind.
+        OSError: the file cannot be written.
     """
-    check_plot()
+    check_plot(path)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +176,5 @@ def plot(estimate: Estimate, path: Path) -> None:
     figure.legend(ncols=5, loc="outside lower center", frameon=False)
     try:
         figure.savefig(path, dpi=130)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--plot {path}: {error}") from error
     finally:
         plt.close(figure)

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...api import parallelize
 from ...collectives import stream_spec
 from ...config import TPSPConfig
+from ...inputs import choice, whole_number
 from ...sharding import keep_fp32_masters
 from ...state import record_of
 from ...structure import decoder_layers
@@ -34,6 +35,7 @@ from ...upstream.accelerate import cpu_state_of_its_own
 from ...upstream.torch.fake import FakeTensorMode, fake_world, sgd
 from ...upstream.torch.fsdp2 import unsharded_numels
 from ...upstream.transformers import fused_attention
+from ..source import on_meta
 from .depth import deepen, depths, layer_kinds, shortened
 from .floors import Traffic, check_floor, collective_floor, fsdp_floor
 from .recorders import local_part
@@ -76,12 +78,10 @@ class Job:
 
     def __post_init__(self):
         for name in ("seq", "batch", "lora"):
-            value = getattr(self, name)
-            if not (value is None and name == "lora") and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        for name, allowed in (("dtype", DTYPES), ("optim", tuple(OPTIMIZERS)), ("attention", ATTENTION)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+            if (value := getattr(self, name)) is not None or name != "lora":
+                object.__setattr__(self, name, whole_number(name, value))
+        for name, allowed in (("dtype", DTYPES), ("optim", OPTIMIZERS), ("attention", ATTENTION)):
+            choice(name, getattr(self, name), allowed)
 
 
 @contextmanager
@@ -102,19 +102,12 @@ def simulated_world(size: int, backend: str = "nccl") -> Iterator[None]:
 
 
 def build_on_meta(config: PreTrainedConfig, job: Job) -> PreTrainedModel:
-    """The model as a script would load it, without weights. Raises `ValueError` if it is no causal language model."""
+    """The model as a script would load it, without weights. Raises `ValueError` if it cannot be built."""
     low = job.dtype == "pure_bf16" or (job.dtype == "bf16" and job.lora)
     config = copy.deepcopy(config)
     config.use_cache = False
-    try:
-        with torch.device("meta"), fused_attention():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16 if low else torch.float32, attn_implementation=job.attention
-            )
-    except ValueError as error:
-        raise ValueError(
-            f"{config.model_type} is not a causal language model that transformers can build: {error}"
-        ) from error
+    with fused_attention():
+        model = on_meta(config, dtype=torch.bfloat16 if low else torch.float32, attn_implementation=job.attention)
     return model.train()
 
 

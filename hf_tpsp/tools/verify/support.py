@@ -64,7 +64,14 @@ def check(model_type: str, tp_size: int, pool: RankPool) -> Verdict:
     for run in RUNS:
         config = TPSPConfig(tp_size=tp_size, dp_shard_size=run["dp"])
         options = {name: run[name] for name in ("length", "vocabulary", "settings")}
-        verdict.runs.append(result := verify(model_type, config, **options, pool=pool))
+        try:
+            result = verify(model_type, config, **options, pool=pool)
+        except ValueError as error:
+            # Its default config is none that can be read.
+            result = Result(
+                model_type, config.dp_size, tp_size, run["length"], run["vocabulary"], "float32", error=str(error)
+            )
+        verdict.runs.append(result)
         if result.error:
             break
         if not result.is_equal:
@@ -72,14 +79,14 @@ def check(model_type: str, tp_size: int, pool: RankPool) -> Verdict:
     return verdict
 
 
-def check_all(names: Iterable[str], tp_size: int, jobs: int, results: Path) -> Iterator[Verdict]:
-    """The verdict on each model type, as it is reached. Those that `results` holds are not run again; new ones are
-    added.
+def check_all(names: Iterable[str], tp_size: int, jobs: int, results: Path | None = None) -> Iterator[Verdict]:
+    """The verdict on each model type, as it is reached.
 
     Args:
         jobs: how many sets of ranks run side by side.
+        results: a file of verdicts. Those that it holds are not run again; new ones are added.
     """
-    known = load(results) if results.exists() else {}
+    known = load(results) if results is not None and results.exists() else {}
     pools: SimpleQueue[RankPool] = SimpleQueue()
     for _ in range(jobs):
         pools.put(RankPool())
@@ -97,7 +104,8 @@ def check_all(names: Iterable[str], tp_size: int, jobs: int, results: Path) -> I
         with ThreadPoolExecutor(jobs) as workers:
             for verdict in workers.map(work, names):
                 known[verdict.model_type] = verdict
-                results.write_text(json.dumps([asdict(v) for v in known.values()], indent=1))
+                if results is not None:
+                    results.write_text(json.dumps([asdict(v) for v in known.values()], indent=1))
                 yield verdict
     finally:
         while not pools.empty():
@@ -114,7 +122,7 @@ def load(results: Path) -> dict[str, Verdict]:
             )
             for row in rows
         }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{results} holds no results of `hf-tpsp verify --all`: {error}") from error
 
 

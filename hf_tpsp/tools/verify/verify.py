@@ -9,47 +9,34 @@ trains both. This shows that the layouts of the architecture are right. What dep
 from __future__ import annotations
 
 import contextlib
-import difflib
-import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
 from ...config import TPSPConfig
+from ...inputs import choice, instance, whole_number
 from ...plan.shrink import shrunk_model
 from ...sharding import shard
 from ...state import record_of, style_of
 from ...structure import decoder_layers
 from ...styles.stream import Enter
 from ..ranks import RankPool
+from ..source import read
 from .by_module import ModuleErrors, add_parameters, off_from, record, verdict
 from .comparison import KeepFp64, set_training, train_beside
 
 LIMITS = {"float32": 1e-5, "float64": 1e-6}
 """Largest relative error of loss and gradients. In fp64, transformers' own casts to fp32 are lifted (`KeepFp64`)."""
-
-
-COMPLETED: dict[str, dict[str, Any]] = {
-    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
-    "granitemoe_swa": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
-    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8,
-                       "indexer_compress_ratio": 4},
-    "recurrent_gemma": {"num_hidden_layers": 3},
-}  # fmt: skip
-"""Model type → settings that transformers' default config lacks, or with which the copy has each kind of layer."""
 
 
 WEIGHTS_LIMIT = 1e-4
@@ -174,64 +161,45 @@ def collectives_of(layer: nn.Module) -> dict[str, int]:
     return dict(found)
 
 
-def build(source: str, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any]) -> PreTrainedModel:
-    """The small copy of a model type, or of what is in a checkpoint folder (its own code included)."""
-    config, cls = read(source)
-    text = config.get_text_config(decoder=True)
+def build(
+    model: str | Path, dtype: torch.dtype, vocabulary: int, settings: dict[str, Any], trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The small copy of a model type, or of what is in a checkpoint folder."""
+    source = read(model, trust_remote_code)
+    text = source.config.get_text_config(decoder=True)
     for name, value in settings.items():
         if hasattr(text, name):
             setattr(text, name, value)
     with torch.random.fork_rng(devices=[]):
         try:
-            return shrunk_model(config, cls, dtype=dtype, vocabulary=vocabulary)
+            return shrunk_model(source.config, source.cls, dtype=dtype, vocabulary=vocabulary)
         except Exception as error:
-            if source not in CONFIG_MAPPING:
+            if model not in CONFIG_MAPPING:
                 raise
             raise ValueError(
-                f"{error} (What the default config of {source} lacks belongs in COMPLETED in hf_tpsp/tools/verify/verify.py.)"
+                f"{error} (What the default config of {model} lacks belongs in COMPLETED in hf_tpsp/tools/source.py.)"
             ) from error
 
 
-def config_of(source: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model type of transformers, or of a checkpoint folder, a config.json or a hub name."""
-    if source in CONFIG_MAPPING:
-        return CONFIG_MAPPING[source](**COMPLETED.get(source, {}))
-    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-
-
-def read(source: str) -> tuple[PreTrainedConfig, type | None]:
-    """Config and class of a model type of transformers, or of a folder, whose own code is trusted."""
-    config = config_of(source, trust_remote_code=True)
-    if source in CONFIG_MAPPING:
-        return config, None
-    code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    return config, get_class_from_dynamic_module(code, source) if code else None
-
-
-def check_known(source: str) -> None:
-    """Raise `ValueError` unless `source` is a model type of transformers or a path."""
-    if source not in CONFIG_MAPPING and not os.path.exists(source):
-        close = difflib.get_close_matches(source, CONFIG_MAPPING, 3)
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
-        raise ValueError(f"{source!r} is neither a model type of transformers nor a folder.{hint}")
-
-
 def _on_rank(
-    source: str, config: TPSPConfig, length: int, vocabulary: int, dtype: str, settings: dict, by_module: bool = False
-) -> dict[str, Any]:
+    model: str | Path, config: TPSPConfig, length: int, vocabulary: int, dtype: str, settings: dict,
+    by_module: bool = False, trust_remote_code: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     torch_dtype = getattr(torch, dtype)
     with KeepFp64() if torch_dtype == torch.float64 else contextlib.nullcontext():
         try:
-            return compare(lambda: build(source, torch_dtype, vocabulary, settings), config, length, by_module)
+            return compare(
+                lambda: build(model, torch_dtype, vocabulary, settings, trust_remote_code), config, length, by_module
+            )
         except Exception as error:
             text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
             return {"error": text.replace("\n", " ")[:600]}
 
 
 def verify(
-    source: str,
+    source: str | Path,
     config: TPSPConfig,
     *,
     length: int = 17,
@@ -239,33 +207,45 @@ def verify(
     dtype: str = "float32",
     settings: dict[str, Any] | None = None,
     by_module: bool = False,
+    trust_remote_code: bool = False,
     pool: RankPool | None = None,
     timeout: float = 120,
 ) -> Result:
     """Compare a small copy of an architecture under `config` with one process, on gloo ranks that are started here.
 
     Args:
-        source: a model type of transformers (`"qwen3"`), or a checkpoint folder, whose own code is run.
+        source: a model type of transformers (`"qwen3"`), a checkpoint folder, a config.json, a published model that
+            comes with hf_tpsp, or a hub name.
         length: tokens of each of two rows for each data-parallel rank. vocabulary: of the copy. dtype: float32 or float64.
-        settings: further fields of the copy's config.
+        settings: further fields of the copy's config; those that it does not have are left out.
         by_module: compare every module's output, and the gradient of that, too, to find where a difference begins. The check
             that a first step makes of itself is left out then: it would end what is to be compared.
+        trust_remote_code: run the code that the folder has of its own.
         pool: ranks that are running already.
 
     Returns:
-        The largest errors, or why there are none. Nothing raises but an unknown `source`.
+        The largest errors, or why there are none.
+
+    Raises:
+        ValueError: `source` cannot be read (`tools.source.read`), or another argument has no value of its kind.
+        TypeError: `config` is no `TPSPConfig`.
     """
-    check_known(source)
+    instance("config", config, TPSPConfig, "Write verify(source, TPSPConfig(tp_size=…)).")
+    # A row of one token has no next one to be predicted. The copy's tokens begin at 3.
+    length, vocabulary = whole_number("length", length, 2), whole_number("vocabulary", vocabulary, 4)
+    choice("dtype", dtype, LIMITS)
+    note = read(source, trust_remote_code).note
     if by_module:
         config = replace(config, check="off")
-    result = Result(source, config.dp_size, config.tp_size, length, vocabulary, dtype)
+    result = Result(str(source), config.dp_size, config.tp_size, length, vocabulary, dtype)
     own = pool or RankPool()
     try:
-        arguments = source, config, length, vocabulary, dtype, settings or {}, by_module
+        arguments = source, config, length, vocabulary, dtype, settings or {}, by_module, trust_remote_code
         found = own.run(config.world_size, _on_rank, *arguments, timeout=timeout)[0]
     except RuntimeError as error:
         return replace(result, error=str(error).strip().splitlines()[-1][:300])
     finally:
         if pool is None:
             own.stop()
-    return replace(result, **found)
+    result = replace(result, **found)
+    return replace(result, notes=[note, *result.notes]) if note else result
