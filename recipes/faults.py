@@ -129,9 +129,8 @@ class Faults:
         shutil.rmtree(folder, ignore_errors=True)
         return found
 
-    def kill(self) -> Outcome:
-        """kill -9, at a random moment of the second save, which may be asynchronous, of one rank or of all."""
-        beside, everybody = (self.random.random() < 0.5 for _ in range(2))
+    def kill(self, everybody: bool, beside: bool) -> Outcome:
+        """kill -9 of one rank or of all, at a random moment of the second save, which may be asynchronous."""
         victim = self.random.randrange(self.ranks)
         config = replace(self.config, async_save=beside)
         ends = [("ok", None, 0.0)]
@@ -253,8 +252,8 @@ def flip_in(pattern: str) -> Callable[[Path], None]:
 
 
 def outcomes(faults: Faults, kills: int, flips: int) -> Iterator[Outcome]:
-    for _ in range(kills):
-        yield faults.kill()
+    for i in range(kills):
+        yield faults.kill(everybody=i % 2 == 1, beside=i // 2 % 2 == 1)
     yield from faults.flips(flips)
     yield from faults.missing()
     yield faults.damaged("a flipped bit in the model", flip_in("pytorch_model_fsdp_0/*.distcp"), "pytorch_model_fsdp_0")

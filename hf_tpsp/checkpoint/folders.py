@@ -24,6 +24,10 @@ ASIDE = "_incomplete"
 STATE, ACCELERATE_STATE = "trainer_state.json", "random_states_0.pkl"
 
 
+# What the Trainer and accelerate name their checkpoints, each run in a folder of its own.
+NUMBERED = re.compile(r"checkpoint[-_]\d+")
+
+
 # The folders in which the ranks' shards are.
 SHARDS = re.compile(r"^(pytorch_model_fsdp|optimizer)_\d+$")
 
@@ -44,7 +48,7 @@ def begin(final: Path) -> Path:
     problem = None
     if is_first():
         try:
-            recover(final.parent)
+            recover(final.parent, final.name)
             _empty(temporary(final))
         except OSError as error:
             problem = error
@@ -103,18 +107,24 @@ def discard(final: Path) -> None:
     _leave(final.parent)
 
 
-def recover(parent: Path) -> None:
-    """End what a process that was killed had begun: put a checkpoint back that was about to be replaced, and finish
-    deletions. Several ranks may do so at once."""
-    for replaced in (parent / ASIDE).glob("replaced-*"):
-        final = parent / replaced.name.removeprefix("replaced-")
+def recover(parent: Path, name: str = "") -> None:
+    """End what a process that was killed had begun with `parent/name` and the numbered checkpoints: put back one that was
+    about to be replaced, finish deletions, delete what is half written. Other names may be another process's."""
+    if not (parent / ASIDE).is_dir():
+        return
+    for entry in (parent / ASIDE).iterdir():
+        doing = next((prefix for prefix in ("replaced-", "deleted-") if entry.name.startswith(prefix)), "")
+        of = entry.name.removeprefix(doing)
+        if of != name and not NUMBERED.fullmatch(of):
+            continue
+        final = parent / of
         with contextlib.suppress(OSError):
-            if final.exists():
-                _take_over(replaced, final)
+            if doing != "replaced-":
+                shutil.rmtree(entry)
+            elif final.exists():
+                _take_over(entry, final)
             else:
-                replaced.rename(final)
-    for deleted in (parent / ASIDE).glob("deleted-*"):
-        shutil.rmtree(deleted, ignore_errors=True)
+                entry.rename(final)
     _leave(parent)
 
 

@@ -23,7 +23,7 @@ def newest(parent: Path, prefix: str = "checkpoint-") -> Path | None:
             if found
             else f"no checkpoint in {parent} is complete"
         )
-        logger.warning(f"hf_tpsp: {place}; not {', nor '.join(skipped)}.")
+        logger.warning_once(f"hf_tpsp: {place}; not {', nor '.join(skipped)}.")
     return found
 
 
@@ -63,7 +63,13 @@ def check(folder: Path) -> None:
     theirs = settle(what, problem, (str(folder.resolve()), mine))
     if differs := [f"rank {i}: {path}" for i, (path, checksum) in enumerate(theirs) if (path, checksum) != theirs[0]]:
         settle(what, f"rank 0 was given {theirs[0][0]}, and {', '.join(differs)}")
-    if known is None and is_first():
+    if not is_first():
+        return
+    if (folder / folders.STATE).exists() and not any(path.name.startswith("optimizer") for path in folder.iterdir()):
+        logger.warning(
+            f"hf_tpsp: {folder} has no optimizer state (save_only_model): optimizer and schedule start anew."
+        )
+    if known is None:
         logger.warning(
             f"hf_tpsp: {folder} was saved without hf_tpsp's manifest, so that damage to it would not be noticed."
         )

@@ -141,6 +141,13 @@ def wait(seconds: float | None = None) -> None:
         raise CheckpointError(f"A checkpoint that was written beside the training was not finished: {error}") from None
 
 
+def release() -> None:
+    """Give back the memory of the copies, when no save is under way."""
+    if _background.thread is None and _background.stager is not None:
+        _background.stager.close()
+        _background.stager = None
+
+
 def _own_group() -> dist.ProcessGroup:
     """A gloo group over all ranks, for the thread. All ranks make it at their first save."""
     world = dist.group.WORLD

@@ -14,6 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from ..upstream.torch.unpickling import restricted
+
 
 class _Reader(dcp.FileSystemReader):
     """A reader that reads the metadata once. They list every rank's part of every tensor."""
@@ -23,7 +25,8 @@ class _Reader(dcp.FileSystemReader):
 
     @functools.cached_property
     def _metadata(self) -> Metadata:
-        return super().read_metadata()
+        with restricted():
+            return super().read_metadata()
 
 
 class ShardedState:
@@ -56,7 +59,7 @@ class ShardedState:
         for path, key in keys.items():
             like = self.like(path)
             found[key] = None if like is None else torch.empty_like(like, device="cpu")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), restricted():
             # It says that it assumes a single process, which is what is meant.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(found, storage_reader=self._reader, no_dist=True)

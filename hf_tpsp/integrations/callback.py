@@ -80,9 +80,10 @@ def install(config: TPSPConfig) -> session.Enabled:
     if (handle := session.current()) is not None:
         return handle
     handle = session.start(config)
+    # The Trainer's room comes later, because ranks are compared before they look at the checkpoint.
+    handle.once(checkpoints.install)
     registry.install(handle)
     handle.once(prepare.install)
-    handle.once(checkpoints.install)
     handle.once(resume.install)
     handle.once(lambda: swap((Trainer, "call_model_init", _set_up_again)))
     return handle

@@ -45,12 +45,18 @@ def _save_checkpoint(original: Callable) -> Callable:
             best = self.state.best_model_checkpoint
             folders.rotate(final.parent, args.save_total_limit, {final, *([Path(best)] if best else [])})
 
-        is_sharded = saves_shards(self.accelerator)
+        is_sharded, beside = saves_shards(self.accelerator), record_of(self.model).config.async_save
+        if beside and (args.push_to_hub or not is_sharded):
+            why = "it is pushed to the hub" if args.push_to_hub else "rank 0 gathers it (FULL_STATE_DICT)"
+            logger.warning_once(
+                f"hf_tpsp: each checkpoint is written in the step, in spite of async_save, because {why}."
+            )
+            beside = False
         saving.save(
             final,
             fill,
             then=rotate,
-            beside=record_of(self.model).config.async_save and is_sharded and not args.push_to_hub,
+            beside=beside,
             can_fail_alone=is_sharded,
             step=self.state.global_step,
             is_model_only=args.save_only_model,
@@ -81,6 +87,7 @@ def _train(original: Callable) -> Callable:
                 logger.error(f"hf_tpsp: {error}")
             raise
         finally:
+            saving.release()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Preemption):
                     callback.release()

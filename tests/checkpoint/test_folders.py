@@ -83,6 +83,12 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, killed_at, replaces):
         found, skipped = folders.newest(out)
         assert content_of(found) in (("old", "new") if replaces else ("first", "new")) and not skipped
         assert not replaces or (final / "notes.txt").read_text() == "mine"
+        # Another process may be writing beside it.
+        (out / folders.ASIDE / "checkpoint-9").mkdir(parents=True)
+        (out / folders.ASIDE / "theirs").mkdir()
+        folders.recover(out)
+        assert [path.name for path in (out / folders.ASIDE).iterdir()] == ["theirs"]
+        (out / folders.ASIDE / "theirs").rmdir()
         save(final, "again")
         assert content_of(final) == "again" and not (out / folders.ASIDE).exists()
     assert n > 8 and content_of(final) == "new"
