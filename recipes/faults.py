@@ -41,6 +41,12 @@ from hf_tpsp.tools.ranks import RankPool
 
 LIMIT = 120
 
+# What a path within a checkpoint belongs to.
+PARTS = {
+    "pytorch_model": "model", "optimizer": "optimizer", "rng_state": "random states, small files",
+    "scheduler": "random states, small files", "trainer_state": "random states, small files",
+}  # fmt: skip
+
 # Status, value and time of a rank's end.
 End = tuple[str, object, float]
 
@@ -101,7 +107,7 @@ class Faults:
     def outcome(self, fault: str, folder: Path, ends: list[End]) -> Outcome:
         """What the ends say. The time is from the fault, or from the first end if nobody has noted when it came."""
         noted = folder / "fault"
-        begin = float(noted.read_text()) if noted.exists() else min(at for *_, at in ends)
+        begin = float(noted.read_text().partition(" ")[0]) if noted.exists() else min(at for *_, at in ends)
         return Outcome(
             fault, hangs=any(status == "hangs" for status, *_ in ends), seconds=max(at for *_, at in ends) - begin,
             detail=next((last_line(value) for status, value, _ in ends if status == "error"), ""),
@@ -138,8 +144,9 @@ class Faults:
         while all(status == "ok" for status, *_ in ends):
             folder, n = self.fresh("killed", 1), self.random.randint(1, self.moments[victim])
             ends = self.attempt(killed, config, folder, victim, n, everybody)
-        who = "all ranks" if everybody else "one rank"
-        return self.judge(f"kill -9 of {who} in {'an asynchronous' if beside else 'a'} save", folder, ends)
+        where = (folder / "fault").read_text().partition(" ")[2]
+        part = next((part for name, part in PARTS.items() if name in where), "manifest, folders, renames")
+        return self.judge(f"kill -9 of {'all ranks' if everybody else 'one rank'}: {part}", folder, ends)
 
     def flip(self, path: Path) -> Outcome:
         """One bit of a file of a complete checkpoint."""
@@ -274,7 +281,7 @@ def report(found: list[Outcome], console: Console) -> None:
         kinds.setdefault(outcome.fault, []).append(outcome)
     for kind, each in [*kinds.items(), ("all", found)]:
         seconds = [o.seconds for o in each if o.seconds is not None]
-        times = (f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}") if seconds and kind != "all" else ("", "")
+        times = (f"{statistics.median(seconds):.3f}", f"{max(seconds):.3f}") if seconds and kind != "all" else ("", "")
         table.add_row(
             kind, str(len(each)), *(str(sum(getattr(o, n) for o in each)) for n in ("lost", "silent", "hangs")), *times
         )

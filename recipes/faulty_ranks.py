@@ -74,11 +74,11 @@ def quiet() -> Iterator[None]:
 
 class Moments:
     """Calls `then` at the n-th moment of a save: when a file of it is opened, is in the middle of being written, or when
-    something is renamed, made or deleted."""
+    something is renamed, made or deleted. It is given the path."""
 
     EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "shutil.rmtree")
 
-    def __init__(self, folder: Path, n: int, then: Callable[[], None]):
+    def __init__(self, folder: Path, n: int, then: Callable[[str], None]):
         self.count, self.is_saving, self._folder, self._n, self._then = 0, False, str(folder / "out"), n, then
         sys.addaudithook(self._event)
         original = manifest._DigestedStream.write
@@ -88,29 +88,30 @@ class Moments:
                 half = len(data) // 2
                 original(stream, data[:half])
                 stream.flush()
-                self._moment()
+                self._moment(str(getattr(stream._stream, "name", "")))
                 return half + original(stream, data[half:])
             return original(stream, data)
 
         manifest._DigestedStream.write = write
 
     def _event(self, event: str, args: tuple) -> None:
-        if self.is_saving and event in self.EVENTS and any(self._folder in str(arg) for arg in args):
-            self._moment()
+        if self.is_saving and event in self.EVENTS:
+            for path in [str(arg) for arg in args if self._folder in str(arg)][:1]:
+                self._moment(path)
 
-    def _moment(self) -> None:
+    def _moment(self, path: str) -> None:
         self.count += 1
         if self.count == self._n:
-            self._then()
+            self._then(path)
 
 
-def note(folder: Path) -> None:
-    """Write down that the fault comes now."""
-    (folder / "fault").write_text(str(time.monotonic()))
+def note(folder: Path, where: str = "") -> None:
+    """Write down that the fault comes now, at this path."""
+    (folder / "fault").write_text(f"{time.monotonic()} {where}")
 
 
-def die(folder: Path, everybody: list[int]) -> None:
-    note(folder)
+def die(folder: Path, everybody: list[int], where: str) -> None:
+    note(folder, where)
     for process in everybody:
         os.kill(process, signal.SIGKILL)
 
@@ -123,7 +124,9 @@ def killed(
     processes = [0] * dist.get_world_size()
     dist.all_gather_object(processes, os.getpid())
     others = [p for p in processes if p != os.getpid()] if everybody else []
-    moments = Moments(folder, n if dist.get_rank() == victim else 0, lambda: die(folder, [*others, os.getpid()]))
+    moments = Moments(
+        folder, n if dist.get_rank() == victim else 0, lambda where: die(folder, [*others, os.getpid()], where)
+    )
 
     def at_save(step: int) -> None:
         moments.is_saving = step == 2
@@ -168,8 +171,8 @@ def stands_still(config: TPSPConfig, folder: Path) -> None:
     # The pool has made the process group, whose timeout the Trainer's `ddp_timeout` would be in a run of its own.
     distributed_c10d._set_pg_timeout(timedelta(seconds=5), dist.group.WORLD)
 
-    def stand_still() -> None:
-        note(folder)
+    def stand_still(where: str) -> None:
+        note(folder, where)
         os.kill(os.getpid(), signal.SIGSTOP)
 
     last = dist.get_rank() == dist.get_world_size() - 1
