@@ -7,6 +7,7 @@ ever in memory as a whole.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -63,6 +64,8 @@ def export(
         ValueError: the folder is no checkpoint of the mesh, or lacks the model's config; `out` is not empty.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    if not 0 < max_shard_size < math.inf:
+        raise ValueError(f"max_shard_size must be a number of gigabytes above 0, got {max_shard_size!r}.")
     _check(checkpoint, out)
     partial = out.with_name(f"{out.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)

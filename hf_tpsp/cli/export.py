@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .arguments import add_trust_argument
+
 
 def add(commands) -> None:
     export = commands.add_parser(
@@ -24,8 +26,8 @@ def add(commands) -> None:
         action="store_true",
         help="leave the optimizer's state out, which is twice as large as the weights",
     )
-    export.add_argument("--trust-remote-code", action="store_true", help="run the model's own code, if it has some")
-    export.set_defaults(run=run)
+    add_trust_argument(export)
+    export.set_defaults(run=run, parser=export)
 
 
 def run(args: argparse.Namespace) -> None:
