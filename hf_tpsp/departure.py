@@ -22,8 +22,11 @@ from .upstream.torch import c10d
 
 KEY, HEARD = "hf_tpsp/ended", "hf_tpsp/heard"
 
-PATIENCE = 2.0
-"""Seconds for which a rank looks for another's last words, and the rank that has the store waits for its readers."""
+PATIENCE = 0.5
+"""Seconds for which a rank looks for another's last words. They are there before that one's connections close."""
+
+READING = 2.0
+"""Seconds for which the rank that has the store waits for others to read in it."""
 
 SYMPTOMS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
@@ -43,9 +46,9 @@ def first(patience: float = 0) -> str | None:
     seconds."""
     if (store := c10d.store()) is None:
         return None
-    end = time.monotonic() + patience
+    until = time.monotonic() + patience
     while not store.check([KEY]):
-        if time.monotonic() >= end:
+        if time.monotonic() >= until:
             return None
         time.sleep(0.02)
     words = store.get(KEY).decode()
@@ -89,14 +92,16 @@ def _place(error: BaseException) -> str:
 def end(error: BaseException, show: Callable[[], None]) -> None:
     """What a rank does before an error ends it: says whose end it comes of, or shows it and leaves it for the others."""
     atexit.unregister(_say_goodbye)
-    said = explain(error)
-    if said is None:
-        show()
-        if is_symptom(error):
-            said = "hf_tpsp: a collective broke, and no rank has said why: one was killed (its memory?), or waits elsewhere."
-    if said is not None:
+    if (said := explain(error)) is not None:
         print(said, file=sys.stderr)
-    _wait_for_readers()
+        _wait_for_readers()
+        return
+    show()
+    if is_symptom(error):
+        print(
+            "hf_tpsp: a collective broke, and no rank has said why: one was killed (its memory?), or waits elsewhere.",
+            file=sys.stderr,
+        )
 
 
 def _say_goodbye() -> None:
@@ -112,12 +117,13 @@ def _agent_has_store() -> bool:
 
 
 def _wait_for_readers() -> None:
-    """Keep the store until the others have read the last words, if it is this rank that has it."""
+    """Keep the store until the others have read another rank's last words, if it is this rank that has it. They cannot
+    read this one's: they wait in a collective for it, until it has gone."""
     if _agent_has_store() or (store := c10d.store()) is None or dist.get_rank():
         return
-    end = time.monotonic() + PATIENCE
+    until = time.monotonic() + READING
     # Neither this rank nor the one that ended first reads.
-    while store.add(HEARD, 0) < dist.get_world_size() - 1 and time.monotonic() < end:
+    while store.add(HEARD, 0) < dist.get_world_size() - 1 and time.monotonic() < until:
         time.sleep(0.02)
 
 
