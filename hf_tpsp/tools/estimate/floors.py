@@ -50,7 +50,7 @@ class Traffic:
         return Traffic(self.count * times, self.size * times, self.wire * times)
 
 
-CHECK_BYTES = 7 * 8
+CHECK_BYTES = 8 * 8
 """What a rank sends of its batch to be compared (`forward/batch_check.py`)."""
 
 
