@@ -43,8 +43,8 @@ LIMIT = 120
 
 # What a path within a checkpoint belongs to.
 PARTS = {
-    "pytorch_model": "model", "optimizer": "optimizer", "rng_state": "random states, small files",
-    "scheduler": "random states, small files", "trainer_state": "random states, small files",
+    "pytorch_model": "model", "optimizer": "optimizer", "rng_state": "small files", "scheduler": "small files",
+    "trainer_state": "small files", "": "manifest, folders, renames",
 }  # fmt: skip
 
 # Status, value and time of a rank's end.
@@ -78,7 +78,13 @@ class Faults:
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, num_hidden_layers=2, **sizes))
         model.save_pretrained(place / "model")
         ends = self.attempt(killed, self.config, self.fresh("whole"))
-        self.expected, self.moments = zip(*(value for _, value, _ in ends), strict=True)
+        self.expected, moments = zip(*(value for _, value, _ in ends), strict=True)
+        # Part of a checkpoint → the moments of a save that are about it, each a rank and a number.
+        self.moments: dict[str, list[tuple[int, int]]] = {}
+        for rank, paths in enumerate(moments):
+            for n, path in enumerate(paths):
+                part = next(part for name, part in PARTS.items() if name in path)
+                self.moments.setdefault(part, []).append((rank, n + 1))
         assert len(folders.checkpoints(place / "whole" / "out")) == STEPS
 
     def fresh(self, name: str, checkpoints: int = 0) -> Path:
@@ -135,18 +141,15 @@ class Faults:
         shutil.rmtree(folder, ignore_errors=True)
         return found
 
-    def kill(self, everybody: bool, beside: bool) -> Outcome:
+    def kill(self, part: str, everybody: bool, beside: bool) -> Outcome:
         """kill -9 of one rank or of all, at a random moment of the second save, which may be asynchronous."""
-        victim = self.random.randrange(self.ranks)
-        config = replace(self.config, async_save=beside)
         ends = [("ok", None, 0.0)]
         # A save may have some moments fewer than the first.
         while all(status == "ok" for status, *_ in ends):
-            folder, n = self.fresh("killed", 1), self.random.randint(1, self.moments[victim])
-            ends = self.attempt(killed, config, folder, victim, n, everybody)
-        where = (folder / "fault").read_text().partition(" ")[2]
-        part = next((part for name, part in PARTS.items() if name in where), "manifest, folders, renames")
-        return self.judge(f"kill -9 of {'all ranks' if everybody else 'one rank'}: {part}", folder, ends)
+            folder, (victim, n) = self.fresh("killed", 1), self.random.choice(self.moments[part])
+            ends = self.attempt(killed, replace(self.config, async_save=beside), folder, victim, n, everybody)
+        who = "all ranks" if everybody else "one rank"
+        return self.judge(f"kill -9 of {who} in {'an asynchronous' if beside else 'a'} save: {part}", folder, ends)
 
     def flip(self, path: Path) -> Outcome:
         """One bit of a file of a complete checkpoint."""
@@ -260,7 +263,8 @@ def flip_in(pattern: str) -> Callable[[Path], None]:
 
 def outcomes(faults: Faults, kills: int, flips: int) -> Iterator[Outcome]:
     for i in range(kills):
-        yield faults.kill(everybody=i % 2 == 1, beside=i // 2 % 2 == 1)
+        part = list(faults.moments)[i // 4 % len(faults.moments)]
+        yield faults.kill(part, everybody=i % 2 == 1, beside=i // 2 % 2 == 1)
     yield from faults.flips(flips)
     yield from faults.missing()
     yield faults.damaged("a flipped bit in the model", flip_in("pytorch_model_fsdp_0/*.distcp"), "pytorch_model_fsdp_0")

@@ -79,7 +79,7 @@ class Moments:
     EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "shutil.rmtree")
 
     def __init__(self, folder: Path, n: int, then: Callable[[str], None]):
-        self.count, self.is_saving, self._folder, self._n, self._then = 0, False, str(folder / "out"), n, then
+        self.paths, self.is_saving, self._folder, self._n, self._then = [], False, str(folder / "out"), n, then
         sys.addaudithook(self._event)
         original = manifest._DigestedStream.write
 
@@ -100,8 +100,8 @@ class Moments:
                 self._moment(path)
 
     def _moment(self, path: str) -> None:
-        self.count += 1
-        if self.count == self._n:
+        self.paths.append(path)
+        if len(self.paths) == self._n:
             self._then(path)
 
 
@@ -118,9 +118,9 @@ def die(folder: Path, everybody: list[int], where: str) -> None:
 
 def killed(
     config: TPSPConfig, folder: Path, victim: int = -1, n: int = 0, everybody: bool = False
-) -> tuple[dict[str, int], int]:
+) -> tuple[dict[str, int], list[str]]:
     """Train, and have rank `victim`, or with it everybody, die at its n-th moment of the second save. Returns what `train`
-    does and how many moments there were, if it came to no end."""
+    does and the path of each moment, if it came to no end."""
     processes = [0] * dist.get_world_size()
     dist.all_gather_object(processes, os.getpid())
     others = [p for p in processes if p != os.getpid()] if everybody else []
@@ -132,7 +132,7 @@ def killed(
         moments.is_saving = step == 2
 
     weights = train(config, folder, resume=bool(folders.checkpoints(folder / "out")), at_save=at_save)
-    return weights, moments.count
+    return weights, moments.paths
 
 
 def limited(config: TPSPConfig, folder: Path) -> None:

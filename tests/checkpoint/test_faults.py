@@ -10,8 +10,8 @@ from faults import Faults
 def test_a_kill_within_a_save_loses_nothing(ranks, tmp_path):
     """One rank, in an asynchronous save, and all, in one that is not."""
     faults = Faults(ranks, 2, 0, tmp_path)
-    assert min(faults.moments) > 100
-    for everybody in (False, True):
-        outcome = faults.kill(everybody=everybody, beside=not everybody)
+    assert len(faults.moments) == 4 and min(map(len, faults.moments.values())) >= 8, faults.moments
+    for part, everybody in (("optimizer", False), ("manifest, folders, renames", True)):
+        outcome = faults.kill(part, everybody, beside=not everybody)
         assert not (outcome.lost or outcome.silent or outcome.hangs), outcome
         assert outcome.seconds < 30
