@@ -18,6 +18,8 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = 2, "loadgroup"
 
 
+# pytest-xdist reads the groups in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """`-m fast` is what starts no ranks on this machine and simulates none."""
     for item in items:
