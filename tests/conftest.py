@@ -1,5 +1,8 @@
+import functools
 import gc
 import os
+import re
+from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
@@ -15,16 +18,30 @@ def pytest_cmdline_main(config):
     beside it."""
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if is_whole and config.getoption("numprocesses", 0) is None:
-        config.option.numprocesses, config.option.dist = 2, "loadgroup"
+        config.option.numprocesses = 2
 
 
-# pytest-xdist reads the groups in a hook of the same name.
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """All tests that take the fixture `ranks` are one piece of work, and each other test is one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RanksTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "ranks" if takes_ranks(*nodeid.partition("[")[0].split("::")) else nodeid
+
+    return RanksTogether(config, log)
+
+
+@functools.cache
+def takes_ranks(path: str, name: str) -> bool:
+    """Whether the test `name` in the file `path` takes the fixture `ranks`. pytest-xdist deals tests out by their names."""
+    return bool(re.search(rf"^def {name}\(.*\branks\b", Path(path).read_text(), re.MULTILINE))
+
+
 def pytest_collection_modifyitems(items):
     """`-m fast` is what starts no ranks on this machine and simulates none."""
     for item in items:
-        if "ranks" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
         starts_ranks = {"ranks", "work"} & set(item.fixturenames)
         simulates = item.module.__name__.rpartition(".")[2] in (
             "test_simulate",
