@@ -1,5 +1,8 @@
 """What is made again in backward is the same, and a layer keeps no more for it than Megatron's does."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,11 +12,8 @@ import torch
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig
-from hf_tpsp.tools.estimate.floors import saved_activation_bytes
-from hf_tpsp.tools.estimate.simulate import simulated_world
 
-sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # last: it has a parity.py too
-import activation_memory
+ROOT = Path(__file__).parents[2]
 
 
 def gradients(model_type: str, around=None, backwards: int = 1, length: int = 17, **settings) -> list[torch.Tensor]:
@@ -52,17 +52,30 @@ def test_bitwise(ranks, model_type, case):
         assert all(result)
 
 
+MEASURE = """
+import json, sys
+sys.path.insert(0, "recipes")
+import torch
+from activation_memory import CHOICES, SHAPES, TPSPConfig, measure, saved_activation_bytes, shape, simulated_world
+found = {}
+with simulated_world(8):
+    for name in SHAPES:
+        config, dtype, tokens = shape(name), torch.bfloat16, 4096
+        megatron = saved_activation_bytes(config, tokens, 8, dtype.itemsize, fused_activation=True)
+        for choice, settings in CHOICES.items():
+            found[f"{name}, {choice}"] = measure(config, TPSPConfig(tp_size=8, **settings), tokens, dtype) / megatron
+print(json.dumps(found))
+"""
+
+
 def test_saved_activations_of_real_shapes():
     """Llama-3-8B and Qwen2.5-32B on 8 simulated ranks, over Megatron's figure with a fused activation. The log-sum-exp of
     the attention, which that figure leaves out, is 0.1 %."""
-    tokens, dtype, found = 4096, torch.bfloat16, {}
-    with simulated_world(8):
-        for name in activation_memory.SHAPES:
-            config = activation_memory.shape(name)
-            megatron = saved_activation_bytes(config, tokens, 8, dtype.itemsize, fused_activation=True)
-            for choice, settings in activation_memory.CHOICES.items():
-                kept = activation_memory.measure(config, TPSPConfig(tp_size=8, **settings), tokens, dtype)
-                found[f"{name}, {choice}"] = kept / megatron
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    found = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else pytest.fail(run.stderr)
     for name in ("Llama-3-8B", "Qwen2.5-32B"):
         assert found[f"{name}, inputs kept"] > 1.9
         assert 0.99 < found[f"{name}, default"] < 1.002
