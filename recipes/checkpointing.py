@@ -23,7 +23,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSIT
 
 import torch
 import torch.distributed as dist
-from faulty_ranks import quiet
+from faulty_ranks import Rows, quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -42,15 +42,6 @@ from hf_tpsp.tools.ranks import RankPool
 
 # A save in every third step, so that an asynchronous one has time to end.
 EVERY = 3
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, row):
-        ids = torch.randint(3, 90, (128,), generator=torch.Generator().manual_seed(row))
-        return {"input_ids": ids, "labels": ids}
 
 
 class StepTimes(TrainerCallback):
@@ -95,7 +86,7 @@ def measure(config: TPSPConfig, folder: Path, saves: int) -> dict[str, float]:
             disable_tqdm=True, use_cpu=True, logging_strategy="no", save_total_limit=1,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-        trainer = Trainer(model, arguments, train_dataset=Rows(), callbacks=[times])
+        trainer = Trainer(model, arguments, train_dataset=Rows(64, 128), callbacks=[times])
         save, spans = trainer._save_checkpoint, []
 
         def timed(*args) -> None:

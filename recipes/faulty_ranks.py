@@ -25,13 +25,14 @@ STEPS = 3
 
 
 class Rows(torch.utils.data.Dataset):
-    """16 rows of 12 tokens."""
+    def __init__(self, rows: int = 16, tokens: int = 12):
+        self.rows, self.tokens = rows, tokens
 
     def __len__(self):
-        return 16
+        return self.rows
 
     def __getitem__(self, row):
-        ids = torch.randint(3, 90, (12,), generator=torch.Generator().manual_seed(row))
+        ids = torch.randint(3, 90, (self.tokens,), generator=torch.Generator().manual_seed(row))
         return {"input_ids": ids, "labels": ids}
 
 

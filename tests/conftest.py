@@ -36,7 +36,7 @@ def pytest_xdist_make_scheduler(config, log):
 @functools.cache
 def takes_ranks(path: str, name: str) -> bool:
     """Whether the test `name` in the file `path` takes the fixture `ranks`. pytest-xdist deals tests out by their names."""
-    return bool(re.search(rf"^def {name}\(.*\branks\b", Path(path).read_text(), re.MULTILINE))
+    return bool(re.search(rf"^def {name}\([^)]*\branks\b", Path(path).read_text(), re.MULTILINE))
 
 
 def pytest_collection_modifyitems(items):

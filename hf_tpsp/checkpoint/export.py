@@ -31,6 +31,7 @@ from transformers.utils import (
 
 from ..upstream.torch.serialization import save_without_data, write_at
 from . import manifest
+from .one_process import is_of_the_mesh
 from .sharded import ShardedState, by_layer
 
 # What the ranks have written, in shards or, under FULL_STATE_DICT, whole; and what only holds of that.
@@ -92,7 +93,7 @@ def export(
 def _check(checkpoint: Path, out: Path) -> None:
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is not a folder.")
-    if not any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")):
+    if not is_of_the_mesh(checkpoint):
         raise ValueError(
             f"{checkpoint} has no {FSDP_MODEL_NAME}_0 in it, so it is not a checkpoint of the mesh. Export takes a folder "
             "checkpoint-N that a Trainer has saved under hf_tpsp."

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..patching import WhileUsed, swap
+from ..upstream.torch.dtensor import local_part
 from ..upstream.torch.fake import is_fake
 from .first_nonfinite import find
 
@@ -60,7 +61,7 @@ class Guard:
     def before_step(self, optimizer: Optimizer) -> None:
         """Raise `FloatingPointError` on all ranks, or take the gradients away, if their norm is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters or is_fake(_local(parameters[0].grad)):
+        if not parameters or is_fake(local_part(parameters[0].grad)):
             return
         norm = float(_norm_of(parameters))
         batches, step = list(self.batches), self.step
@@ -130,12 +131,12 @@ class _Clipped:
     def __init__(self, parameters: list[nn.Parameter], norm: Tensor):
         self.ids, self.norm = {id(p) for p in parameters}, norm
         self.first = weakref.ref(parameters[0])
-        self.grad = weakref.ref(_local(parameters[0].grad))
-        self.version = _local(parameters[0].grad)._version
+        self.grad = weakref.ref(local_part(parameters[0].grad))
+        self.version = local_part(parameters[0].grad)._version
 
     def is_of(self, parameters: list[nn.Parameter]) -> bool:
         first = self.first()
-        grad = None if first is None or first.grad is None else _local(first.grad)
+        grad = None if first is None or first.grad is None else local_part(first.grad)
         is_there = grad is not None and grad is self.grad() and grad._version == self.version
         return is_there and all(id(p) in self.ids for p in parameters)
 
@@ -171,7 +172,7 @@ def _patch_clip(original: Callable) -> Callable:
         given = [p for p in parameters if p.grad is not None]
         meshes = {p.grad.device_mesh if isinstance(p.grad, DTensor) else None for p in given}
         mesh = meshes.pop() if len(meshes) == 1 else None
-        if mesh is None or is_fake(_local(given[0].grad)):
+        if mesh is None or is_fake(local_part(given[0].grad)):
             return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
         with torch.no_grad():
             norm = _total_norm([p.grad for p in given], norm_type, error_if_nonfinite, foreach)
@@ -184,10 +185,6 @@ def _patch_clip(original: Callable) -> Callable:
         return whole
 
     return clip_grad_norm_
-
-
-def _local(x: Tensor) -> Tensor:
-    return x._local_tensor if isinstance(x, DTensor) else x
 
 
 def _install() -> Callable[[], None]:

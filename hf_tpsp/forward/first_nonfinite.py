@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from ..fingerprint import fingerprint, leaves
+from ..upstream.torch.dtensor import local_part
 from ..upstream.torch.modules import without_compiled_code
 
 
@@ -137,5 +138,4 @@ def _names(args: tuple, kwargs: dict[str, Any]) -> str:
 
 
 def _is_finite(x: Tensor) -> bool:
-    local = x._local_tensor if isinstance(x, DTensor) else x
-    return bool(local.isfinite().all())
+    return bool(local_part(x).isfinite().all())

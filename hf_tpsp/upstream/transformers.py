@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
 from torch import nn
-from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations import neftune
@@ -23,6 +22,7 @@ from transformers.utils import logging
 from ..checkpoint import folders
 from ..inputs import environment_flag
 from ..state import is_parallelized, record_of, saved_state_dict
+from .accelerate import saves_shards
 from .torch.unpickling import reads_restricted
 
 logger = logging.get_logger(__name__)
@@ -66,8 +66,9 @@ def _patch_save_model(original):
         if not is_parallelized(self.model):
             return original(self, output_dir, _internal_call)
         if _internal_call:
-            is_sharded = self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
-            return _write_beside_shards(self, output_dir) if is_sharded else original(self, output_dir, _internal_call)
+            if saves_shards(self.accelerator):
+                return _write_beside_shards(self, output_dir)
+            return original(self, output_dir, _internal_call)
         _write_folder(self, output_dir)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

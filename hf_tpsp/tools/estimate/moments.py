@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .recorders import CollectiveBytes, TensorBytes, local_part
+from ...upstream.torch.dtensor import local_part
+from .recorders import CollectiveBytes, TensorBytes
 
 
 def step(model: nn.Module, ids: Tensor) -> float:

@@ -20,7 +20,6 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -181,7 +180,3 @@ class Flops(TorchDispatchMode):
 def _kind(func: torch._ops.OpOverload) -> str | None:
     name = c10d.kind_of(func) or ""
     return next((kind for kind in RING_PASSES if name.startswith(kind.replace("-", ""))), None)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

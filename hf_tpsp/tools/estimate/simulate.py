@@ -32,13 +32,13 @@ from ...sharding import keep_fp32_masters
 from ...state import record_of
 from ...structure import decoder_layers
 from ...upstream.accelerate import cpu_state_of_its_own
+from ...upstream.torch.dtensor import local_part
 from ...upstream.torch.fake import FakeTensorMode, fake_world, sgd
 from ...upstream.torch.fsdp2 import unsharded_numels
 from ...upstream.transformers import fused_attention
 from ..source import on_meta
 from .depth import deepen, depths, layer_kinds, shortened
 from .floors import Traffic, check_floor, collective_floor, fsdp_floor
-from .recorders import local_part
 from .step import Step, record_step
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

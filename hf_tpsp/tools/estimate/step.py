@@ -19,9 +19,10 @@ from ...loss.chunked import ChunkedHead
 from ...patching import swapped
 from ...state import MESH_DIMS, parallelized_model, record_of
 from ...structure import decoder_layers
+from ...upstream.torch.dtensor import local_part
 from ...upstream.torch.fake import address, is_fake, told_apart
 from .floors import Traffic
-from .recorders import CollectiveBytes, Flops, TensorBytes, local_part
+from .recorders import CollectiveBytes, Flops, TensorBytes
 
 CATEGORIES = ("parameters", "optimizer", "gradients", "activations", "loss", "gathered", "temporaries")
 """What the live bytes of a moment are made of.

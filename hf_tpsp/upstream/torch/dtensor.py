@@ -30,6 +30,11 @@ def spec_of(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Si
     return DTensorSpec(mesh, placements, TensorMeta(shape, stride, dtype))
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, without what autograd would record of `to_local`; any other tensor as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def _pieces(tensor: DTensor) -> list[tuple[ChunkStorageMetadata, int, int, int]] | None:
     """The pieces that this rank has of a tensor that is sharded in strides, each with its place in the local tensor
     (dimension, start, length); None if the rank has one piece.
@@ -208,7 +213,7 @@ def _scale_lists() -> Callable[[], None]:
             for tensor in tensors:
                 tensor.mul_(factor)
             return
-        op_call([x._local_tensor if isinstance(x, DTensor) else x for x in tensors], factor)
+        op_call([*map(local_part, tensors)], factor)
 
     handlers, operation = DTensor._op_dispatcher._custom_op_handlers, torch.ops.aten._foreach_mul_.Tensor
     handlers[operation] = scale
