@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from dataclasses import replace
 
 import models
 import torch
@@ -47,9 +48,11 @@ def compare(
     accumulate: int = 1,
     steps: int = 3,
     frozen: tuple[str, ...] = (),
+    check: str = "off",
     settings: dict | None = None,
 ) -> Errors:
     """Largest relative errors: of the loss, over all gradients, over the weights after `steps` of AdamW."""
+    config = replace(config, check=check)
     with KeepFp64() if dtype == torch.float64 else contextlib.nullcontext():
         return _compare(
             model_type, config, dtype, length, tied, load, padding, packed, accumulate, steps, frozen, settings or {}

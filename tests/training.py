@@ -44,7 +44,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def train(
-    model, out: str, dp_size: int, *, resume=None, callbacks=(), steps=6, cls=Trainer, given=None, adapter=None,
+    model, out: str, dp_size: int, *, resume=None, callbacks=(), steps=4, cls=Trainer, given=None, adapter=None,
     times=1, **options,
 ) -> list[dict]:  # fmt: skip
     """An ordinary script: arguments, model, Trainer, train, save. Returns the logged values.

@@ -37,17 +37,17 @@ import hf_tpsp
 from hf_tpsp import TPSPConfig
 
 
-def test_twenty_steps_interrupted_and_resumed(ranks, tiny, tmp_path):
+def test_interrupted_and_resumed(ranks, tiny, tmp_path):
     """2x2 with accumulation, clipping, evaluation (before training too): equal to one process, and to itself resumed in
     the middle."""
-    expected = train(tiny, str(tmp_path / "one"), 1, steps=20)
-    whole = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "whole"), steps=20)
+    expected = train(tiny, str(tmp_path / "one"), 1, steps=12)
+    whole = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "whole"), steps=12)
     for log in whole:
         assert_equal_logs(log, expected)
-    checkpoint = str(tmp_path / "whole" / "checkpoint-10")
-    resumed = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "cut"), steps=20, resume=checkpoint)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-6")
+    resumed = ranks.run(4, train_on_mesh, MESH_2x2, tiny, str(tmp_path / "cut"), steps=12, resume=checkpoint)
     resumed[0][0]["before"] = whole[0][0]["before"]  # evaluated before the checkpoint was read
-    worst = differences(resumed[0], whole[0], first=11)
+    worst = differences(resumed[0], whole[0], first=7)
     worst.pop("train_loss")  # the Trainer averages it over the steps of this run only
     assert parity.largest(worst.values()) == 0
 
@@ -129,12 +129,12 @@ FLAT = {"data_collator": DataCollatorWithFlattening(return_tensors="pt"), "train
 # as without hf_tpsp.
 OPTIONS = {
     "adamw_torch": (MESH_2x2, {"optim": "adamw_torch"}),
-    "sgd": (MESH_2x2, {"optim": "sgd"}),
-    "adagrad": (MESH_2x2, {"optim": "adagrad"}),
-    "rmsprop": (MESH_2x2, {"optim": "rmsprop"}),
+    "sgd": (MESH_1x2, {"optim": "sgd"}),
+    "adagrad": (MESH_1x2, {"optim": "adagrad"}),
+    "rmsprop": (MESH_1x2, {"optim": "rmsprop"}),
     "compute_loss_func": (MESH_2x2, {"given": {"compute_loss_func": own_loss}}),
     "compute_loss": (MESH_2x2, {"cls": OwnLoss, "gradient_accumulation_steps": 1}),
-    "streamed": (MESH_2x2, {"given": {"train_dataset": Stream(Rows(64, 1))}}),
+    "streamed": (MESH_1x2, {"given": {"train_dataset": Stream(Rows(64, 1))}}),
     "flattened rows": (MESH_2x2, {"given": {**FLAT}, "include_num_input_tokens_seen": "no"}),
     "single rows": (MESH_1x2, {"given": {"train_dataset": Ragged(64, 1)}, "per_device_train_batch_size": 1}),
     "group_by_length": (
@@ -183,10 +183,10 @@ def test_lora_interrupted_and_resumed(ranks, tiny, tmp_path):
     whole[0]["before"], found = expected[0]["before"], whole
     assert_equal_logs(found, expected)
     assert_equal_weights(str(tmp_path / "whole"), str(tmp_path / "one"))
-    resumed = ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), resume=str(tmp_path / "whole" / "checkpoint-3"))[
+    resumed = ranks.run(4, lora_on_mesh, tiny, str(tmp_path / "cut"), resume=str(tmp_path / "whole" / "checkpoint-2"))[
         0
     ]
-    worst = differences(resumed, whole, first=4)
+    worst = differences(resumed, whole, first=3)
     del worst["train_loss"], worst["before"]
     assert parity.largest(worst.values()) == 0
     assert_equal_weights(str(tmp_path / "cut"), str(tmp_path / "whole"), limit=0)
@@ -294,7 +294,7 @@ def bf16_on_mesh(model: str, out: str, mixed_precision: str, **options) -> dict:
 
 @pytest.fixture(scope="module")
 def expected_in_bf16(tiny, tmp_path_factory):
-    return train(tiny, str(tmp_path_factory.mktemp("bf16")), 1, bf16=True)
+    return train(tiny, str(tmp_path_factory.mktemp("bf16")), 1, bf16=True, **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def expected_in_bf16(tiny, tmp_path_factory):
 )
 def test_bf16_has_fp32_masters(ranks, tiny, expected_in_bf16, tmp_path, mixed_precision, options):
     expected = expected_in_bf16
-    for found in ranks.run(4, bf16_on_mesh, tiny, str(tmp_path / "mesh"), mixed_precision, **options):
+    for found in ranks.run(4, bf16_on_mesh, tiny, str(tmp_path / "mesh"), mixed_precision, **QUICK, **options):
         assert found["weights"] == found["gradients"] == {torch.float32}
         assert found["compute"] == torch.bfloat16
         losses = [[e["loss"] for e in log if "loss" in e] for log in (found["log"], expected)]

@@ -58,14 +58,13 @@ def test_alike_chunks_are_run_once(monkeypatch):
 
 
 TRUTH = [  # one mesh, model, length, loss and checkpointing each; recipes/estimate_truth.py has all of them
-    ("llama", TPSPConfig(tp_size=2, dp_shard_size=2, loss="loss_parallel"), Job(seq=256, dtype="fp32")),
+    ("llama", TPSPConfig(tp_size=2, loss="loss_parallel"), Job(seq=256, dtype="fp32")),
     ("qwen2", TPSPConfig(tp_size=2, dp_shard_size=2, mixed_precision="bf16"), Job(seq=255, dtype="bf16")),
     (
         "gemma2",
         TPSPConfig(tp_size=2, activation_checkpointing="full"),
         Job(seq=96, batch=2, dtype="fp32", attention="eager", optim="sgd_momentum"),
     ),
-    ("llama", TPSPConfig(dp_shard_size=2, activation_checkpointing="selective"), Job(seq=255, dtype="fp32")),
 ]
 
 
