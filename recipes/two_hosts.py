@@ -37,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = "10.77.0"
 CABLE = "eth0"
-LIMIT = 300
+LIMIT = 120
 
 # What a host runs in its namespaces: it waits for its cable, and then for the command.
 HOST = """
@@ -60,6 +60,7 @@ class Host:
     lines: list[tuple[float, str]] = field(default_factory=list)
     ended: float | None = None
     reader: threading.Thread | None = None
+    network: int | None = None
 
     @property
     def output(self) -> str:
@@ -98,7 +99,7 @@ def hosts(commands: list[list[str]], mounts: list[str] | None = None) -> Iterato
     environment |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": CABLE if len(commands) > 1 else "lo"}
     for rank, words in enumerate(commands):
         name = f"host{rank}"
-        isolated = ["unshare", "--net", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
+        isolated = ["unshare", "--net", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child=SIGKILL"]
         script = ["sh", "-c", HOST, "host", name, f"{NETWORK}.{rank + 1}", mounts[rank] if mounts else ":"]
         process = subprocess.Popen(
             [*isolated, *script, *words], cwd=ROOT, env=environment, text=True, errors="replace",
@@ -111,6 +112,8 @@ def hosts(commands: list[list[str]], mounts: list[str] | None = None) -> Iterato
             own = Path(f"/proc/{host.process.pid}/ns/net")
             while os.readlink(own) == os.readlink("/proc/self/ns/net"):
                 time.sleep(0.01)
+            # It outlives the host's processes, as a network card does, so that their connections close.
+            host.network = os.open(own, os.O_RDONLY)
         if len(found) == 2:
             first, second = (host.process.pid for host in found)
             command("ip", "link", "add", CABLE, "netns", first, "type", "veth", "peer", "name", CABLE, "netns", second)
@@ -122,6 +125,8 @@ def hosts(commands: list[list[str]], mounts: list[str] | None = None) -> Iterato
         for host in found:
             host.kill()
             host.process.wait()
+            if host.network is not None:
+                os.close(host.network)
 
 
 @dataclass
@@ -161,8 +166,13 @@ class Recipe:
             "save_steps": 2, "logging_steps": 1, "eval_rows": 0, "lr_scheduler_type": "constant", "sample": "",
             "per_device_train_batch_size": rows, "use_cpu": True, "ddp_timeout": self.timeout, **options,
         }  # fmt: skip
-        words = [f"--{name}={value}" for name, value in options.items()]
-        return ["recipes/sft.py", *words, *(["--resume_from_checkpoint=True"] if resume else [])]
+        if resume:
+            options["resume_from_checkpoint"] = self.newest(out)
+        return ["recipes/sft.py", *(f"--{name}={value}" for name, value in options.items())]
+
+    @staticmethod
+    def newest(out: Path) -> Path:
+        return max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
     def launch(self, preset: Path, script: list[str], count: int = 2) -> list[list[str]]:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(preset)]
@@ -189,6 +199,8 @@ class Recipe:
             until = time.monotonic() + LIMIT
             for host in found:
                 host.reader.join(max(0.0, until - time.monotonic()))
+            for host in found:
+                (self.place / f"{time.strftime('%H%M%S')}-{host.name}.log").write_text(host.output)
             return Run(found, at, timed_out=any(host.ended is None for host in found))
 
     def losses(self, out: Path) -> list[float]:
@@ -233,7 +245,9 @@ class Recipe:
     def killed(self) -> None:
         """All processes of one host at once."""
         for victim in (1, 0):
-            self.fault(f"killed{victim}", f"all of host{victim} killed", lambda found, v=victim: found[v].kill(), victim)
+            self.fault(
+                f"killed{victim}", f"all of host{victim} killed", lambda found, v=victim: found[v].kill(), victim
+            )
 
     def cable(self) -> None:
         """The link goes down; nobody's connection is closed."""
@@ -249,7 +263,9 @@ class Recipe:
         print("  an output folder that is another one on the second host:")
         for host in run.hosts:
             self.quote(host, r"Error: ", last=True)
-        self.expect(not run.timed_out and all(h.process.returncode for h in run.hosts), "both hosts ended with an error")
+        self.expect(
+            not run.timed_out and all(h.process.returncode for h in run.hosts), "both hosts ended with an error"
+        )
         shutil.rmtree(shared)
         shared.mkdir()
         commands = self.launch(self.two(), script)
@@ -257,7 +273,11 @@ class Recipe:
         commands[1] = [word.replace(f"--output_dir={shared}", f"--output_dir={other}") for word in commands[1]]
         self.done(self.run(commands, mounts=[":", elsewhere]), "one output folder with two names")
         shutil.rmtree(shared / f"checkpoint-{self.steps}")
-        again = [[*words, "--resume_from_checkpoint=True"] for words in commands]
+        newest = self.newest(shared).name
+        again = [
+            [*words, f"--resume_from_checkpoint={o / newest}"]
+            for o, words in zip((shared, other), commands, strict=True)
+        ]
         self.done(self.run(again, mounts=[":", elsewhere]), "resumed from it")
 
     # ---- what they share -----------------------------------------------------------------------------------------------
@@ -274,7 +294,7 @@ class Recipe:
             if i == victim:
                 continue
             print(f"    {run.ended(i)}")
-            self.quote(host, r"^hf_tpsp: |Error: |died|exitcode", last=True)
+            self.quote(host, r"hf_tpsp: rank|hf_tpsp: a coll|Error: ", last=True)
             self.expect(host.ended is not None and host.process.returncode != 0, f"{host.name} ended with an error")
             late = run.fault + self.timeout + 15
             self.expect((host.ended or math.inf) < late, f"{host.name} ended within ddp_timeout and 15 s")
@@ -289,7 +309,7 @@ class Recipe:
         good = not run.timed_out and all(host.process.returncode == 0 for host in run.hosts)
         self.expect(good, f"{what}: trained to the end")
         for host in run.hosts if not good else []:
-            print("\n".join(f"    {host.name}| {line}" for _, line in host.lines[-40:]))
+            self.quote(host, r"hf_tpsp: |Error: ", last=True)
 
     def quote(self, host: Host, pattern: str, last: bool = False) -> None:
         """The lines of a host's output that match, each once, without what a launcher writes before them."""

@@ -1,0 +1,57 @@
+"""Which ranks are on which host, and whether a TP group stays inside one."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+from .config import divisors
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def this_host() -> list[str]:
+    """The name of this host, and what tells it from another one of that name."""
+    try:
+        return [platform.node(), BOOT.read_text().strip()]
+    except OSError:
+        return [platform.node(), ""]
+
+
+def placement(hosts: list[list[str]], sizes: tuple[int, int, int]) -> str | None:
+    """The sentence for a mesh on several hosts; None if all ranks are on one.
+
+    Args:
+        hosts: of each rank, in their order, as `this_host`.
+        sizes: `(dp_replicate, dp_shard, tp)`.
+    """
+    where = [tuple(host) for host in hosts]
+    ranks_of = {host: [rank for rank, other in enumerate(where) if other == host] for host in dict.fromkeys(where)}
+    if len(ranks_of) == 1:
+        return None
+    told = "; ".join(f"{_ranges(ranks)} on {name}" for (name, _), ranks in ranks_of.items())
+    tp = sizes[2]
+    begin = f"The mesh {' x '.join(map(str, sizes))} (dp_replicate, dp_shard, tp) is on {len(ranks_of)} hosts: {told}"
+    spanning = next((i for i in range(0, len(where), tp) if len(set(where[i : i + tp])) > 1), None)
+    if spanning is None:
+        return f"{begin}. Each TP group is inside one host." if tp > 1 else f"{begin}."
+    counts = Counter(where).values()
+    if all(count % tp == 0 for count in counts):
+        remedy = (
+            "Give each host consecutive ranks (Slurm: --distribution=block; torchrun: one --node-rank for each host)."
+        )
+    else:
+        remedy = f"Inside these hosts tp_size can be one of {divisors(*counts)}."
+    return (
+        f"{begin}. The TP group of {_ranges(list(range(spanning, spanning + tp)))} spans hosts, so each layer waits "
+        f"for the network between them. {remedy}"
+    )
+
+
+def _ranges(ranks: list[int]) -> str:
+    """`[0, 1, 2, 5]` → `ranks 0-2, 5`, and `[3]` → `rank 3`."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
