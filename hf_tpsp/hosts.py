@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import platform
+import socket
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
-from .config import divisors
+import torch
+
+from .config import divisors, launched_ranks
+from .inputs import environment_flag, environment_number
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -18,6 +24,46 @@ def this_host() -> list[str]:
         return [platform.node(), BOOT.read_text().strip()]
     except OSError:
         return [platform.node(), ""]
+
+
+def check_address() -> None:
+    """Raise `ValueError` if gloo would offer the other hosts an address at which they cannot find this one.
+
+    Where no interface is named, gloo takes the address of this host's own name, which on many systems is the loopback's:
+    some ranks then fail, and others wait for them. NCCL chooses among the interfaces itself.
+    """
+    launched = launched_ranks()
+    several = launched > environment_number("LOCAL_WORLD_SIZE", launched, least=1)
+    if not several or (torch.accelerator.is_available() and not environment_flag("ACCELERATE_USE_CPU")):
+        return
+    there = [name for _, name in socket.if_nameindex() if name != "lo"]
+    if given := os.environ.get("GLOO_SOCKET_IFNAME"):
+        if unknown := [name for name in given.split(",") if name not in (*there, "lo")]:
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME={given!r}, but {platform.node()} has no interface {unknown[0]!r}; it has {there}."
+            )
+    elif (address := _own_address()) is None or ipaddress.ip_address(address).is_loopback:
+        what = "cannot be resolved" if address is None else f"resolves to {address}"
+        raise ValueError(
+            f"The name of this host, {platform.node()!r}, {what}, which other hosts cannot reach. Set GLOO_SOCKET_IFNAME "
+            f"on each host to its interface that leads to the others; here it can be one of {there}."
+        )
+
+
+def _own_address() -> str | None:
+    """The address that gloo would take: the first of this host's name that is one of its own."""
+    try:
+        found = socket.getaddrinfo(platform.node(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as one:
+            try:
+                one.bind(address)
+            except OSError:
+                continue
+            return str(address[0]).partition("%")[0]
+    return None
 
 
 def placement(hosts: list[list[str]], sizes: tuple[int, int, int]) -> str | None:

@@ -11,7 +11,8 @@ pair on each, FSDP2 across. The defaults take some minutes on two cores.
 - spans: a mesh whose TP group spans the hosts says so;
 - killed: all processes of the second host, then of the first, are killed; the other ends; resumed from the checkpoint;
 - cable: the network link is taken down; both hosts end after `ddp_timeout`; resumed;
-- folders: an output folder that only one host sees, and one that has another name on each.
+- folders: an output folder that only one host sees, and one that has another name on each;
+- address: hosts whose names lead to no address, and an interface that is not there.
 """
 
 from __future__ import annotations
@@ -280,6 +281,15 @@ class Recipe:
         ]
         self.done(self.run(again, mounts=[":", elsewhere]), "resumed from it")
 
+    def address(self) -> None:
+        """Without GLOO_SOCKET_IFNAME, where a host's name leads nowhere; and with a wrong one."""
+        for what, setting in (("unset", "unset GLOO_SOCKET_IFNAME"), ("eth9", "export GLOO_SOCKET_IFNAME=eth9")):
+            print(f"  GLOO_SOCKET_IFNAME {what}:")
+            run = self.run(self.launch(self.two(), self.script(self.place / "address", rows=4)), mounts=[setting] * 2)
+            for host in run.hosts:
+                self.quote(host, r"IFNAME", last=True)
+                self.expect("IFNAME" in host.output and host.process.returncode == 1, f"{host.name} ended and said why")
+
     # ---- what they share -----------------------------------------------------------------------------------------------
 
     def two(self) -> Path:
@@ -327,7 +337,7 @@ class Recipe:
             self.failed.append(what)
 
 
-PARTS = ("same", "spans", "killed", "cable", "folders")
+PARTS = ("same", "spans", "killed", "cable", "folders", "address")
 
 
 def main() -> None:

@@ -24,9 +24,10 @@ from ..agreement import agree, decide
 OWN = {
     "local_rank", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
     "hub_token", "project", "trackio_space_id", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-    "skip_memory_metrics", "push_to_hub", "output_dir",
+    "skip_memory_metrics", "push_to_hub", "output_dir", "resume_from_checkpoint",
 }  # fmt: skip
-"""The Trainer's arguments that each rank may have as it likes: where it logs to, and how it reads its data."""
+"""The Trainer's arguments that each rank may have as it likes: where it logs to, how it reads its data, and what the
+folders are called on its host. Whether they are the same ones is compared by what is in them."""
 
 MARK = ".hf_tpsp-shared"
 """What rank 0 writes into the output folder, for the others to see, while a Trainer is made."""
