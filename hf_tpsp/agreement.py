@@ -81,7 +81,7 @@ def _wait(store: dist.Store, keys: list[str], timeout: timedelta, stage: str) ->
     """Wait until all `keys` are there. Each look is one short message, because a wait that blocks would not see that a
     rank has ended."""
     begin, pause = time.monotonic(), 0.001
-    while not store.check(keys):
+    while not departure.in_time(lambda: store.check(keys), timeout.total_seconds()):
         if words := departure.first():
             raise departure.RankEnded(f"hf_tpsp: {stage}: {words}")
         if time.monotonic() - begin > timeout.total_seconds():

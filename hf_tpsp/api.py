@@ -9,6 +9,7 @@ import transformers.trainer
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import hosts
 from .config import TPSPConfig, launched_ranks
 from .inputs import instance
 from .integrations import loading, registry, resume, session
@@ -30,13 +31,14 @@ def enable(config: TPSPConfig | None = None) -> session.Enabled:
 
     Raises:
         ValueError: the mesh does not have as many ranks as were started, or hf_tpsp is already enabled with another
-            config, or a variable of the launcher's has no value of its kind.
+            config, or a variable of the launcher's has no value of its kind, or other hosts would not find this one.
         TypeError: `config` is no `TPSPConfig`.
     """
     config = TPSPConfig.from_accelerate() if config is None else config
     instance(
         "config", config, TPSPConfig, "Write enable(TPSPConfig(tp_size=…)), or enable() under `accelerate launch`."
     )
+    hosts.check_address()
     if config.world_size != launched_ranks():
         # It is said on all ranks, because this one may be the only one that has this config.
         join(config)

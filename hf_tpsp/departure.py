@@ -9,16 +9,21 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import queue
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
 from .patching import WhileUsed
 from .upstream.torch import c10d
+
+Answer = TypeVar("Answer")
 
 KEY, HEARD = "hf_tpsp/ended", "hf_tpsp/heard"
 
@@ -28,11 +33,41 @@ PATIENCE = 0.5
 READING = 2.0
 """Seconds for which the rank that has the store waits for others to read in it."""
 
+ANSWER = 5.0
+"""Seconds for which a rank that ends waits for the store, of whose host the network may be gone."""
+
 SYMPTOMS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 class RankEnded(RuntimeError):
     """Another rank has ended, so this one cannot go on."""
+
+
+def in_time(ask: Callable[[], Answer], seconds: float) -> Answer:
+    """What `ask` finds in the store.
+
+    torch's client waits for an answer without end where no connection closes: a host that lost its network, or its power.
+
+    Raises:
+        DistNetworkError: the store does not answer in `seconds`.
+    """
+    answers: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    # It is left behind where it waits.
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise dist.DistNetworkError(f"the job's store did not answer within {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return cast(Answer, answer)
 
 
 def tell(why: str) -> None:
@@ -72,16 +107,26 @@ def explain(error: BaseException) -> str | None:
     why."""
     if not is_symptom(error):
         with contextlib.suppress(dist.DistError):
-            tell(f"{type(error).__name__}: {' '.join(str(error).split())[:600]}{_place(error)}")
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}{_place(error)}"
+            in_time(lambda: tell(why), ANSWER)
         return None
     try:
-        words = first(PATIENCE)
-        if words and (store := c10d.store()) is not None:
-            store.add(HEARD, 1)
-    except dist.DistError:
-        # Without an agent, the first rank has the store.
-        words = "rank 0 has ended, and with it the job's store: its output says why"
+        words = in_time(_heard, ANSWER)
+    except dist.DistError as failure:
+        if "did not answer" in str(failure):
+            words = f"{failure}: the network between the hosts, or the first host, has gone"
+        elif _agent_has_store():
+            words = "the launcher on the first host has ended, and with it the job's store: its output says why"
+        else:
+            words = "rank 0 has ended, and with it the job's store: its output says why"
     return words and f"hf_tpsp: rank {dist.get_rank()} stops, because {words}"
+
+
+def _heard() -> str | None:
+    words = first(PATIENCE)
+    if words and (store := c10d.store()) is not None:
+        store.add(HEARD, 1)
+    return words
 
 
 def _place(error: BaseException) -> str:
@@ -99,7 +144,8 @@ def end(error: BaseException, show: Callable[[], None]) -> None:
     show()
     if is_symptom(error):
         print(
-            "hf_tpsp: a collective broke, and no rank has said why: one was killed (its memory?), or waits elsewhere.",
+            "hf_tpsp: a collective broke, and no rank has said why: one was killed (its memory?), its host or network has gone, or it "
+            "waits elsewhere.",
             file=sys.stderr,
         )
 
@@ -109,7 +155,7 @@ def _say_goodbye() -> None:
     # Where the first rank has the store, it may be gone by now.
     if _agent_has_store():
         with contextlib.suppress(dist.DistError):
-            tell("its script came to its end, without an error")
+            in_time(lambda: tell("its script came to its end, without an error"), ANSWER)
 
 
 def _agent_has_store() -> bool:

@@ -17,9 +17,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .agreement import agree
+from .agreement import agree, decide
 from .config import TPSPConfig, launched_ranks
+from .hosts import placement, this_host
 from .inputs import environment_flag
 from .patching import swapped
 from .upstream.torch import c10d
@@ -27,6 +29,8 @@ from .upstream.versions import REACHED_INTO, version_of
 
 if TYPE_CHECKING:
     from .styles.base import Style, TensorParallel
+
+logger = logging.get_logger(__name__)
 
 # These are accelerate's names. By them it deals one batch to each TP group.
 MESH_DIMS = ("dp_replicate", "dp_shard", "tp")
@@ -100,11 +104,18 @@ def build_mesh(config: TPSPConfig) -> DeviceMesh:
     sizes = (config.dp_replicate_size, config.dp_shard_size, config.tp_size)
     meshes = _meshes_of_world()
     if sizes not in meshes:
+        decide("the mesh's hosts", this_host(), lambda hosts: _say_where(hosts, sizes))
         with swapped(*c10d.PATCHES):
             mesh = init_device_mesh(PartialState().device.type, sizes, mesh_dim_names=MESH_DIMS)
             c10d.flatten(mesh["dp_shard", "tp"])
         meshes[sizes] = mesh
     return meshes[sizes]
+
+
+def _say_where(hosts: list[list[str]], sizes: tuple[int, int, int]) -> None:
+    """Rank 0 says once where the ranks are, if there are several hosts."""
+    if (sentence := placement(hosts, sizes)) is not None:
+        logger.warning_once(f"hf_tpsp: {sentence}")
 
 
 def _meshes_of_world() -> dict[tuple[int, ...], DeviceMesh]:

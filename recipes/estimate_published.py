@@ -13,6 +13,7 @@ The last column puts both into the same simulation, in place of hf_tpsp's own.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import hf_tpsp
 from hf_tpsp import sharding
-from hf_tpsp.forward import own_loss
+from hf_tpsp.loss import cross_entropy
 from hf_tpsp.patching import swap
 from hf_tpsp.styles import recompute
 from hf_tpsp.tools.estimate.hardware import GIB, Hardware
@@ -63,7 +64,7 @@ def whole_logits_loss(logits: DTensor, labels: Tensor, *args, **kwargs) -> Tenso
 def as_torchtitan(tp: int) -> Iterator[None]:
     patches = [(sharding, "selective_contexts", lambda original: every_second_product)]
     if tp == 1:
-        patches.append((own_loss, "causal_lm_loss", lambda original: whole_logits_loss))
+        patches.append((cross_entropy, "causal_lm_loss", lambda original: whole_logits_loss))
     restore = swap(*patches)
     try:
         yield
@@ -72,6 +73,7 @@ def as_torchtitan(tp: int) -> Iterator[None]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     columns = (
         "model",
         "GPUs",

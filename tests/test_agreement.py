@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import threading
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,8 @@ from transformers import Trainer, TrainingArguments
 
 import hf_tpsp
 from hf_tpsp import TPSPConfig, departure, state
-from hf_tpsp.agreement import agree, decide
+from hf_tpsp.agreement import _wait, agree, decide
+from hf_tpsp.integrations import alike
 from hf_tpsp.upstream.torch import c10d
 
 MESH = TPSPConfig(tp_size=2)
@@ -92,6 +94,12 @@ def trainers(out: str) -> tuple[dict[str, str], list[set[timedelta]]]:
             blocked.symlink_to(mine.parent)
         os.chdir(mine)
         texts["unwritable"] = raised(lambda: trainer(folder="file/x", save_strategy="steps"))
+        with mock.patch.object(alike, "SHOWN", 0.1):
+            # Of one name, as on two hosts, each with a disk of its own; and of two.
+            texts["a folder for each"] = raised(lambda: trainer(folder="own", save_strategy="steps"))
+        (mine / "name").symlink_to(mine.parent)
+        trainer(folder=mine / "name", save_strategy="steps")
+        assert not list(mine.parent.glob(f"**/{alike.MARK}"))
         texts["rows"] = raised(trainer(rows=8 + rank).train)
         for step in (1, 2):
             (mine / f"checkpoint-{step}").mkdir()
@@ -118,11 +126,55 @@ def test_trainers_that_differ(ranks, tmp_path):
         assert (
             "rank 1 cannot write into output_dir='file/x': NotADirectoryError: Not a directory" in texts["unwritable"]
         )
+        assert (
+            "rank 1 does not see in output_dir='own' what rank 0 has written into output_dir='own'"
+            in texts["a folder for each"]
+        )
         assert "the number of rows of train_dataset is 9 on rank 1, but 8 on rank 0" in texts["rows"]
         assert "the checkpoint to resume from is checkpoint-2 on rank 1, but checkpoint-1 on rank 0" in texts["folder"]
         assert "the checkpoint's trainer_state.json is 3 bytes, sha256 " in texts["state"]
         assert "an optimizer's settings is " in texts["optimizer"] and "on rank 1" in texts["optimizer"]
         assert found[1:] == [{timedelta(seconds=77)}, {timedelta(seconds=88)}] and not found[0] & found[1]
+
+
+def hosts() -> list[str]:
+    """What each rank says of a mesh whose two ranks are on two hosts."""
+    with (
+        mock.patch.object(state, "this_host", lambda: [f"host{dist.get_rank()}", ""]),
+        mock.patch.object(state, "_meshes_of_world", dict),
+        mock.patch.object(state.logger, "warning_once") as said,
+    ):
+        state.build_mesh(MESH)
+    return [call.args[0] for call in said.call_args_list]
+
+
+def test_a_mesh_on_two_hosts_says_so_once(ranks):
+    first, second = ranks.run(2, hosts)
+    assert second == [] and len(first) == 1
+    assert "rank 0 on host0; rank 1 on host1. The TP group of ranks 0-1 spans hosts" in first[0]
+
+
+class Unreachable:
+    """A store on a host whose network is gone: it answers nothing, and no connection closes."""
+
+    def __getattr__(self, name):
+        return lambda *args: threading.Event().wait()
+
+
+@mock.patch.object(departure, "ANSWER", 0.1)
+@mock.patch.object(c10d, "store", Unreachable)
+@mock.patch.object(dist, "get_rank", lambda: 3)
+def test_a_store_that_does_not_answer_holds_nobody(capsys):
+    departure.end(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms"), lambda: None)
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "hf_tpsp: rank 3 stops, because the job's store did not answer within 0 s: the network between"
+    )
+    departure.end(ValueError("its own"), lambda: print("its own traceback"))
+    assert capsys.readouterr() == ("its own traceback\n", "")
+    departure._say_goodbye()
+    with pytest.raises(dist.DistNetworkError, match="did not answer"):
+        _wait(Unreachable(), ["a"], timedelta(seconds=0.1), "a stage")
 
 
 @mock.patch.object(departure, "PATIENCE", 0.3)

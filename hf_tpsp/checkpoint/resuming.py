@@ -38,13 +38,14 @@ def newest_of_all(parent: Path, prefix: str = "checkpoint-") -> Path:
         folders.recover(parent)
         if (found := newest(parent, prefix)) is None:
             problem = "; ".join(folders.newest(parent, prefix)[1]) or f"there is no {prefix}*"
-    # Only rank 0 says it, for all.
-    return settle(f"{parent} has no complete checkpoint to resume from", problem, found)[0]
+    # Only rank 0 says it, for all. Another host may have the folder under another name.
+    name = found.name if found else None
+    return parent / settle(f"{parent} has no complete checkpoint to resume from", problem, name)[0]
 
 
 def check(folder: Path) -> None:
     """Compare the files of a checkpoint with its manifest, each rank a share of them. Every rank must call it, with the
-    same folder.
+    same folder, which may have another name on another host: the manifest's checksum says that it is the same.
 
     One without a manifest is taken if nothing of it seems to be missing, and a line says that it has no checksums.
 
@@ -61,7 +62,9 @@ def check(folder: Path) -> None:
     what = "This checkpoint cannot be resumed from"
     mine = known["checksum"] if known else None
     theirs = settle(what, problem, (str(folder.resolve()), mine))
-    if differs := [f"rank {i}: {path}" for i, (path, checksum) in enumerate(theirs) if (path, checksum) != theirs[0]]:
+    # Without a manifest, the name is all that there is to compare.
+    same = [checksum or path for path, checksum in theirs]
+    if differs := [f"rank {i}: {path}" for i, (path, _) in enumerate(theirs) if same[i] != same[0]]:
         settle(what, f"rank 0 was given {theirs[0][0]}, and {', '.join(differs)}")
     if not is_first():
         return

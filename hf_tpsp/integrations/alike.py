@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import tempfile
+import time
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers.trainer
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
@@ -21,17 +24,24 @@ from ..agreement import agree, decide
 OWN = {
     "local_rank", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
     "hub_token", "project", "trackio_space_id", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-    "skip_memory_metrics", "push_to_hub", "output_dir",
+    "skip_memory_metrics", "push_to_hub", "output_dir", "resume_from_checkpoint",
 }  # fmt: skip
-"""The Trainer's arguments that each rank may have as it likes: where it logs to, and how it reads its data."""
+"""The Trainer's arguments that each rank may have as it likes: where it logs to, how it reads its data, and what the
+folders are called on its host. Whether they are the same ones is compared by what is in them."""
+
+MARK = ".hf_tpsp-shared"
+"""What rank 0 writes into the output folder, for the others to see, while a Trainer is made."""
+
+SHOWN = 5.0
+"""Seconds for which a rank looks for it."""
 
 
 def compare_arguments(args: TrainingArguments) -> None:
-    """Raise `ValueError` on all ranks unless their `args` are alike, and each can write into the output folder."""
+    """Raise `ValueError` on all ranks unless their `args` are alike, each can write into the output folder, and it is
+    one folder, whatever it is called on each host, if checkpoints are to be saved."""
     saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
     folder = args.output_dir
     given = {name: value for name, value in args.to_dict().items() if name not in OWN}
-    given |= {"output_dir": folder} if saves else {}
     agree("the Trainer's set-up", {f"TrainingArguments' {name}": _text(value) for name, value in given.items()})
     refusal = _refusal(folder) if args.should_save or saves else None
 
@@ -44,7 +54,40 @@ def compare_arguments(args: TrainingArguments) -> None:
                 )
         return None
 
-    decide("the output folder", refusal, judge)
+    # It is there before the others look for it, which they do when all have come this far.
+    mark, mine = Path(folder) / MARK, secrets.token_hex(8)
+    leaves = saves and refusal is None and (not dist.is_initialized() or dist.get_rank() == 0)
+    try:
+        if leaves:
+            mark.write_text(mine)
+        decide("the output folder", refusal, judge)
+        if saves:
+            decide("the sharing of the output folder", [folder, mine if leaves else _seen(mark)], _not_shared)
+    finally:
+        if leaves:
+            mark.unlink(missing_ok=True)
+
+
+def _seen(mark: Path) -> str | None:
+    """What is written in `mark`. A network's file system may show it a moment later."""
+    until = time.monotonic() + SHOWN
+    while True:
+        try:
+            return mark.read_text()
+        except OSError:
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.1)
+
+
+def _not_shared(seen: list[list]) -> str | None:
+    for rank, (folder, found) in enumerate(seen):
+        if found != seen[0][1]:
+            return (
+                f"hf_tpsp: rank {rank} does not see in output_dir={folder!r} what rank 0 has written into output_dir={seen[0][0]!r}. "
+                "All ranks write one checkpoint: choose a folder on a file system that all hosts share."
+            )
+    return None
 
 
 def _text(value: Any) -> str:

@@ -1,9 +1,11 @@
 """The manifest: whatever is changed, cut or taken away of a checkpoint's files is named."""
 
 import random
+import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from hf_tpsp.checkpoint import folders, manifest, resuming
@@ -42,6 +44,26 @@ def test_what_was_hashed_on_the_way_is_what_is_there(checkpoint):
     resuming.check(checkpoint)
     (checkpoint / "notes.txt").write_text("somebody else's")
     resuming.check(checkpoint)
+
+
+def check_own(folders: list) -> str | None:
+    try:
+        return resuming.check(folders[dist.get_rank()])
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_one_folder_may_have_two_names(ranks, checkpoint, tmp_path):
+    """As where two hosts have mounted it in two places."""
+    other = tmp_path / "elsewhere" / "checkpoint-1"
+    shutil.copytree(checkpoint, other)
+    assert ranks.run(2, check_own, [checkpoint, other]) == [None, None]
+    (other / "scheduler.pt").write_text("of another run")
+    files = manifest.read(checkpoint)["files"]
+    manifest.write(other, {name: manifest.digest(other / name) for name in files}, step=1)
+    assert all(
+        f"rank 0 was given {checkpoint}, and rank 1: {other}" in e for e in ranks.run(2, check_own, [checkpoint, other])
+    )
 
 
 def test_every_flipped_bit_is_noticed(checkpoint):
