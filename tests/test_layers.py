@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_tpsp"
 # The rooms from top to bottom: each imports only what stands after it. The package's face is at the top.
 ORDER = [
     "cli", "__main__", "__init__", "tools", "api", "integrations", "sharding", "witness", "plan", "styles", "forward", "loss",
-    "upstream", "launch", "rules", "state", "config", "structure", "sizes", "collectives", "vocabulary", "fingerprint",
+    "upstream", "launch", "rules", "state", "config", "structure", "sizes", "collectives", "vocabulary", "fingerprint", "devices",
     "checkpoint", "agreement", "departure",
     # What is known of torch alone and of versions, which know nothing of hf_tpsp: whoever needs it may use it.
     "upstream.torch", "upstream.versions", "patching", "inputs",
