@@ -13,7 +13,7 @@ mask). On CUDA it counts those whose tensor is on the device, and torch's own re
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -158,7 +158,7 @@ def _leaves_the_device(x: Tensor, given: dict[str, Any]) -> bool:
 
 def _wait(operation: str) -> Wait:
     """The wait of whoever is the innermost caller outside torch and this file."""
-    frame = sys._getframe(2)
+    frame = inspect.currentframe()
     while frame is not None:
         owner = _owner(frame.f_code.co_filename)
         if owner not in ("torch", None):
