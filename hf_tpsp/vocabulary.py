@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
+
 import torch
 from torch import Tensor
 
+from . import devices
 from .upstream.torch.fake import is_fake
+
+checked: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("checked", default=frozenset())
+"""`"input_ids"` and `"labels"`, where the batch check looks at them in this forward."""
 
 
 class OutOfVocabulary(ValueError, IndexError):
@@ -30,16 +36,16 @@ def stray(name: str, x: Tensor, size: int, ignored: int | None = None) -> list[s
 def require_inside(name: str, x: Tensor, size: int, ignored: int | None = None) -> None:
     """Raise unless all values of `x` are in `range(size)`, or are `ignored`.
 
-    It covers calls without a batch check: generation, and a loss or an embedding that a script calls by itself. On the
-    CPU it raises `OutOfVocabulary`, which says what and where. On other devices it is an assertion on the device, as in
+    It covers calls without a batch check (`checked`): generation, and a loss or an embedding that a script calls by
+    itself. On the CPU it raises `OutOfVocabulary`, which says what and where. On other devices it is an assertion on the device, as in
     one process, and the host does not wait for it.
     """
+    if is_fake(x) or torch.compiler.is_compiling() or name in checked.get():
+        return
     inside = (x >= 0) & (x < size)
     if ignored is not None:
         inside |= x == ignored
-    if is_fake(x) or torch.compiler.is_compiling():
-        return
-    if x.device.type == "cpu":
+    if not devices.is_waited_for(x.device):
         if not inside.all():
             raise OutOfVocabulary(f"{stray(name, x, size, ignored)[0]}. {ADVICE}")
     else:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_tpsp"
 ORDER = [
     "cli", "__main__", "__init__", "tools", "api", "integrations", "sharding", "witness", "plan", "styles", "forward", "loss",
     "upstream", "launch", "rules", "state", "hosts", "config", "structure", "sizes", "collectives", "vocabulary", "fingerprint",
+    "devices",
     "checkpoint", "agreement", "departure",
     # What is known of torch alone and of versions, which know nothing of hf_tpsp: whoever needs it may use it.
     "upstream.torch", "upstream.versions", "patching", "inputs",

@@ -5,7 +5,10 @@ model would quietly train on a mixture. Nothing else would notice a token or a l
 because each rank would take it for another rank's.
 
 Before each forward that trains or evaluates, the ranks exchange a few numbers about everything that the forward is
-given.
+given. Ranks on the CPU have nothing to wait for, and look at them at once. On an accelerator, what the hosts know
+(shapes, dtypes, other values, random states) is compared at once by the hosts of a TP group, before a collective could
+meet another shape; the tensors' values are compared on the device, and the outcome is read before the optimizer steps
+(`late.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .. import devices
 from ..collectives import all_gather
 from ..fingerprint import MULTIPLIER, fingerprint, fingerprint_of_text, leaves
-from ..upstream.torch import caches
+from ..upstream.torch import c10d, caches
 from ..upstream.torch.fake import is_fake
-from ..vocabulary import ADVICE, OutOfVocabulary, stray
-from . import randomness
+from ..vocabulary import ADVICE, OutOfVocabulary, checked, stray
+from . import late, randomness
 
 IGNORE_INDEX = -100
 
@@ -75,11 +79,14 @@ def install(model: nn.Module, mesh: DeviceMesh) -> None:
     bytes. If a script has seeded the ranks of a TP group differently, they take over their first rank's state
     (`randomness.py`).
 
-    The forward raises `ValueError`, on every rank, before anything is computed from the batch. With gradients, all
-    ranks of the job take part. Without, only the ranks that share parameters do (`dp_shard` and `tp`), because other
-    replicas may have another number of batches.
+    On the CPU the forward raises `ValueError`, on every rank, before anything is computed from the batch. On an
+    accelerator it does so if the hosts know the difference, and else the optimizer's step does, before it changes
+    anything; evaluation is not late. With gradients, all ranks of the job take part. Without, only the ranks that share
+    parameters do (`dp_shard` and `tp`), because other replicas may have another number of batches.
     """
-    inner, calls = model.forward, 0
+    inner, calls, ranks = model.forward, 0, Ranks(mesh)
+    if ranks.hosts is not None:
+        late.BEFORE_STEPS.keep_for(model)
     names = list(inspect.signature(inner).parameters)
 
     # The Trainer reads the signature of the forward.
@@ -93,51 +100,114 @@ def install(model: nn.Module, mesh: DeviceMesh) -> None:
             given["batch"] = kept
         if torch.is_grad_enabled() or any(given.get(n) is not None or n in kept for n in LABELS):
             calls += 1
-            check(model, given, mesh, calls)
+            check(model, given, ranks, calls)
+            found = {"labels" if n in LABELS else n for n in vocabularies(model) if isinstance(given.get(n), Tensor)}
+            token = checked.set(frozenset(found))
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                checked.reset(token)
         return inner(*args, **kwargs)
 
     model.forward = forward
 
 
-def check(model: nn.Module, given: dict[str, Any], mesh: DeviceMesh, step: int) -> None:
+class Ranks:
+    """Who is compared with whom.
+
+    Attributes:
+        tp: the mesh of the ranks that must be given the same.
+        sharing: the group of the ranks that share parameters.
+        hosts: the TP group's group of hosts, where reading a value of the mesh's device would wait for it; else None.
+    """
+
+    def __init__(self, mesh: DeviceMesh):
+        self.tp, self.sharing, self.device = mesh["tp"], mesh["dp_shard_tp"].get_group(), torch.device(mesh.device_type)
+        # The ranks of a simulated world wait for nothing.
+        is_late = devices.is_waited_for(self.device) and c10d.default_timeout() is not None
+        self.hosts = late.hosts_of(self.tp) if is_late else None
+
+
+def check(model: nn.Module, given: dict[str, Any], ranks: Ranks, step: int) -> None:
     """Raise `ValueError` unless all ranks of each TP group are `given` the same, and all tokens and labels are in the
-    vocabulary."""
+    vocabulary; for a training forward on an accelerator, `late.settle` raises it.
+    """
     batch = {n: x for n, x in leaves(given).items() if not isinstance(x, DTensor)}
-    device = torch.device(mesh.device_type)
+    tp, hosts, device, is_training = ranks.tp, ranks.hosts, ranks.device, torch.is_grad_enabled()
+    if hosts is not None:
+        _compare_hosts(batch, ranks, step)
     ranges = _ranges(model, given, device)
+    prints = {n: fingerprint(x).to(device) for n, x in sorted(batch.items()) if isinstance(x, Tensor)}
+    # A number of the host goes to the device as the argument of a kernel, without the wait that a copy takes.
+    words = {n: _text(x) for n, x in sorted(batch.items())}
+    texts, said = (
+        torch.full((), x, dtype=torch.int64, device=device)
+        for x in (fingerprint_of_text(str(list(words.items()))), message.said)
+    )
+    seeds = torch.zeros_like(texts) if hosts is not None else randomness.digest(device)
     edges = (edge for edges in ranges.values() for edge in edges[:2])
-    values, texts, said = _digests(batch, device)
-    mine = torch.stack([values, texts, randomness.digest(device), said, *edges])
-    group = dist.group.WORLD if torch.is_grad_enabled() else mesh["dp_shard_tp"].get_group()
-    everyones = all_gather(mine, group).view(group.size(), -1).cpu()
+    mine = torch.stack([_total(prints, device), texts, seeds, said, *edges])
+    group = dist.group.WORLD if is_training else ranks.sharing
+    everyones = all_gather(mine, group).view(group.size(), -1)
     # A simulated world (`hf_tpsp.estimate`) has sizes, and no values to compare.
     if is_fake(everyones):
         return
-    if torch.is_grad_enabled():
-        message.heard = int(everyones[:, 3].max())
-    digests, edges = everyones[:, :3].unflatten(0, (-1, mesh["tp"].size())), everyones[:, 4:]
-    same_batch, same_seed = (digests == digests[:, :1]).all(dim=(0, 1)).split([2, 1])
-    sizes = torch.tensor([size for *_, size in ranges.values()])
-    is_inside = bool(((edges[:, ::2] >= 0) & (edges[:, 1::2] < sizes)).all())
-    if same_batch.all() and is_inside:
-        # All ranks see the same digests, so all of them enter this collective, or none.
-        if not same_seed:
-            randomness.agree(mesh["tp"])
-        return
-    reports: list[Any] = [None] * group.size()
-    dist.all_gather_object(reports, (dist.get_rank(), _numbers(batch), _strays(model, given)), group=group)
-    _raise(reports, mesh["tp"].size(), step)
+    verdict = _verdict(everyones, tp.size(), [size for *_, size in ranges.values()])
+    # For the error, if there is one. Tokens and labels are small; of all else only the fingerprint is kept.
+    kept = {n: x for n, x in given.items() if n in ("input_ids", *LABELS, "ignore_index")}
+
+    def judge(same_batch: int, same_seed: int, is_inside: int, heard: int) -> None:
+        if is_training:
+            message.heard = heard
+        if same_batch and is_inside:
+            # All ranks see the same digests, so all of them enter this collective, or none.
+            if not same_seed:
+                randomness.agree(tp)
+            return
+        reports: list[Any] = [None] * group.size()
+        # What is compared of each argument, so that the error can name those that differ.
+        numbers = {n: (int(prints[n]) if n in prints else None, text) for n, text in words.items()}
+        dist.all_gather_object(reports, (dist.get_rank(), numbers, _strays(model, kept)), group=group)
+        _raise(reports, tp.size(), step)
+
+    if hosts is None or not is_training:
+        late.settle()
+        judge(*verdict.numpy(force=True).tolist())
+    else:
+        late.add(verdict, judge)
 
 
-def _digests(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
-    """Three int64 on `device`: digests of the tensors' values in `batch`, and of the names, dtypes and other values; and
-    the message, because a copy to the device takes its time whatever is in it."""
-    tensors = {n: x for n, x in batch.items() if isinstance(x, Tensor)}
+def _verdict(everyones: Tensor, tp_size: int, sizes: list[int]) -> Tensor:
+    """int64 `[4]`, on the device of what all ranks have sent: whether the TP groups' batches are the same, whether their
+    random states are, whether all tokens and labels are below `sizes`, and the largest message."""
+    digests, edges = everyones[:, :3].unflatten(0, (-1, tp_size)), everyones[:, 4:]
+    same = (digests == digests[:, :1]).all(dim=1).all(dim=0)
+    least, most = edges[:, ::2], edges[:, 1::2].unbind(1)
+    is_inside = functools.reduce(
+        torch.logical_and, [(column < size).all() for column, size in zip(most, sizes, strict=True)], (least >= 0).all()
+    )
+    return torch.stack([same[:2].all(), same[2], is_inside, everyones[:, 3].max()])
+
+
+def _compare_hosts(batch: dict[str, Any], ranks: Ranks, step: int) -> None:
+    """Compare what the hosts know before the device is given anything that depends on it: 16 bytes a rank."""
+    facts = {n: (None, f"{_text(x)} {list(x.shape)}" if isinstance(x, Tensor) else _text(x)) for n, x in batch.items()}
+    numbers = fingerprint_of_text(str(sorted(facts.items()))), randomness.host_digest(ranks.device)
+    found = late.gather(numbers, ranks.hosts)
+    if (found[:, 1] != found[0, 1]).any():
+        randomness.agree(ranks.tp)
+    if (found[:, 0] != found[0, 0]).any():
+        reports: list[Any] = [None] * len(found)
+        dist.all_gather_object(reports, (dist.get_rank(), facts, []), group=ranks.hosts)
+        _raise(reports, len(found), step)
+
+
+def _total(prints: dict[str, Tensor], device: torch.device) -> Tensor:
+    """One int64 that stands for all tensors of the batch, given their fingerprints."""
     total = torch.zeros((), dtype=torch.int64, device=device)
-    for name, x in sorted(tensors.items()):
-        total = total * MULTIPLIER + (fingerprint(x).to(device) ^ fingerprint_of_text(name))
-    texts = sorted((n, _text(x)) for n, x in batch.items())
-    return [total, *torch.tensor([fingerprint_of_text(str(texts)), message.said], device=device)]
+    for name, number in prints.items():
+        total = total * MULTIPLIER + (number ^ fingerprint_of_text(name))
+    return total
 
 
 def _text(x: Any) -> str:
@@ -145,11 +215,6 @@ def _text(x: Any) -> str:
     if isinstance(x, Tensor):
         return "integers" if x.dtype in INTEGERS else str(x.dtype)
     return repr(x) if isinstance(x, (bool, int, float, str)) else type(x).__name__
-
-
-def _numbers(batch: dict[str, Any]) -> dict[str, Any]:
-    """Argument → what is compared of it, so that an error can name the arguments that differ."""
-    return {n: (int(fingerprint(x)) if isinstance(x, Tensor) else None, _text(x)) for n, x in batch.items()}
 
 
 def vocabularies(model: nn.Module) -> dict[str, int]:

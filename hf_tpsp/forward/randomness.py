@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -76,8 +77,10 @@ def own_stream(rank: int, device: torch.device) -> Iterator[None]:
         yield
         return
     if device.type == "cpu":
-        seed = torch.randint(2**62, (), device="cpu").item()
         generator = torch.default_generator
+        seed = host_digest(device) % 2**62
+        # The common stream moves on, and a state that is met again gives the same numbers again.
+        torch.randint(2**62, (), device="cpu")
         state = generator.get_state()
     else:
         # The generator is counter-based: its seed and offset are read without waiting for the device.
@@ -214,6 +217,15 @@ def digest(device: torch.device) -> Tensor:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         found = found * 31 + generator.initial_seed() * 31 + generator.get_offset()
     return found
+
+
+def host_digest(device: torch.device) -> int:
+    """An int64 that tells states of the default generators apart, from what the host knows of them."""
+    states = [torch.get_rng_state().numpy().tobytes()]
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        states.append(f"{generator.initial_seed()} {generator.get_offset()}".encode())
+    return int.from_bytes(hashlib.blake2b(b"".join(states), digest_size=8).digest(), "little", signed=True)
 
 
 def install(model: nn.Module, mesh: DeviceMesh) -> None:
