@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .agreement import agree
 from .config import TPSPConfig
 from .departure import LAST_WORDS
-from .forward import batch_check, finite, options, outside, randomness
+from .forward import batch_check, finite, options, outside, packing, randomness
 from .forward.outputs import hand_out_whole
 from .forward.own_loss import patch_loss
 from .patching import WhileUsed
@@ -101,6 +101,7 @@ def shard(model: PreTrainedModel, config: TPSPConfig) -> PreTrainedModel:
         _compile(model, mesh["tp"], config)
     hand_out_whole(owners_of_layers(model), gradients)
     patch_loss(model, gradients.calls.gathered)
+    packing.install(model)
     batch_check.install(model, mesh)
     randomness.install(model, mesh["tp"])
     finite.install(model, config.on_nan)
